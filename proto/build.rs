@@ -1,0 +1,18 @@
+//! Generates the agent's messages and ttrpc service from `proto/agent.proto`, without protoc.
+
+use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
+
+fn main() {
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    println!("cargo:rerun-if-changed=proto/agent.proto");
+    Codegen::new()
+        .out_dir(&out)
+        .inputs(["proto/agent.proto"])
+        .include("proto")
+        .rust_protobuf()
+        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
+        .customize(Customize { async_all: true, ..Default::default() })
+        .run()
+        .expect("agent.proto compiles");
+    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n").expect("OUT_DIR is writable");
+}

@@ -1,0 +1,20 @@
+//! What the processes of one sandbox say to each other.
+//!
+//! - [`agent`] and [`agent_ttrpc`]: shim → agent in the guest, ttrpc over vsock.
+//! - [`stream`]: the handshake that opens a vsock connection as one stdio stream.
+//! - [`vmm`]: shim → hypervisor process, over an inherited socket.
+//! - [`ids`] and [`limits`]: names and bounds that both sides must agree on.
+
+pub mod ids;
+pub mod limits;
+pub mod stream;
+pub mod vmm;
+
+#[allow(missing_debug_implementations, unused_qualifications, clippy::all, clippy::pedantic)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+pub use generated::{agent, agent_ttrpc};
+
+/// The version that shim and agent compare in `StartSandbox`.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
