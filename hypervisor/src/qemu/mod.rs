@@ -1,0 +1,1 @@
+//! The second hypervisor: QEMU microvm behind the control protocol of coffer-vmm.
