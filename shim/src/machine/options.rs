@@ -1,0 +1,106 @@
+//! What a sandbox is asked to be, decided before it starts and never changed afterwards.
+
+use coffer_proto::ids::SandboxId;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Which program runs the VM, and on what. `auto` of the configuration is resolved before this point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hypervisor {
+    /// Our own VMM on KVM.
+    CofferVmm,
+    /// QEMU microvm on KVM.
+    QemuKvm,
+    /// QEMU microvm, every instruction emulated. For laptops, CI and tests.
+    QemuEmulation,
+}
+
+impl Hypervisor {
+    /// The hypervisor process's file name in [`SandboxOptions::libexec`].
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::CofferVmm => "coffer-vmm",
+            Self::QemuKvm | Self::QemuEmulation => "coffer-qemu",
+        }
+    }
+
+    /// Whether the hypervisor process is given `/dev/kvm`.
+    pub fn uses_kvm(self) -> bool {
+        !matches!(self, Self::QemuEmulation)
+    }
+
+    /// How long the guest may take from its first instruction until its agent has answered.
+    pub fn boot_deadline(self) -> Duration {
+        match self {
+            Self::CofferVmm | Self::QemuKvm => Duration::from_secs(30),
+            Self::QemuEmulation => Duration::from_secs(120),
+        }
+    }
+
+    /// Deadlines of agent calls are multiplied by this: an emulated guest needs that much longer for the same work.
+    pub fn slowness(self) -> u32 {
+        match self {
+            Self::CofferVmm | Self::QemuKvm => 1,
+            Self::QemuEmulation => 5,
+        }
+    }
+}
+
+/// Host uids from which each sandbox takes one for its hypervisor process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UidRange {
+    pub first: u32,
+    pub count: u32,
+}
+
+impl Default for UidRange {
+    /// 65,536 ids above those that distributions hand out by themselves (systemd's container ranges end at
+    /// 1,879,048,191).
+    fn default() -> Self {
+        Self {
+            first: 1_900_000_000,
+            count: 65_536,
+        }
+    }
+}
+
+/// All that a supervisor needs to know to make its sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxOptions {
+    pub id: SandboxId,
+    /// The state root, `/run/coffer` by default. The sandbox lives in `<root>/<id>/`.
+    pub root: PathBuf,
+    pub hypervisor: Hypervisor,
+    /// Virtual CPUs, 1 to [`coffer_proto::limits::MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Uncompressed `vmlinux` with a PVH note.
+    pub kernel: PathBuf,
+    /// The initrd that holds the agent.
+    pub initrd: PathBuf,
+    /// Appended to the kernel command line of the guest.
+    pub kernel_params: Vec<String>,
+    /// Directory of coffer-vmm, coffer-qemu and coffer-fsd.
+    pub libexec: PathBuf,
+    /// Guest kernel messages on the console, debug lines in the log.
+    pub debug: bool,
+    pub uids: UidRange,
+    /// The cgroup for the sandbox's processes, as the OCI `linux.cgroupsPath`. None leaves them where the supervisor is.
+    pub cgroup: Option<String>,
+}
+
+impl SandboxOptions {
+    /// `<root>/<id>`, which holds everything the sandbox has on disk.
+    pub fn dir(&self) -> PathBuf {
+        self.root.join(&self.id)
+    }
+}
+
+/// Where the Task API of the sandbox `id` is served.
+pub fn task_socket(root: &Path, id: &SandboxId) -> PathBuf {
+    root.join(id).join("task.sock")
+}
