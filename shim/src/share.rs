@@ -1,0 +1,455 @@
+//! The directory of a sandbox that its guest sees.
+//!
+//! ```text
+//! <sandbox>/shared/   plain directory, written by the shim only: the mount points
+//! <sandbox>/share/    `shared` once more, as a mount of its own: read-only, nodev, nosuid, nosymfollow, shared propagation.
+//!   <container>/rootfs      the container's root, bind mounted
+//!   <container>/mounts/<n>  its volumes
+//! ```
+//!
+//! coffer-fsd serves `share`. Its top is read-only, so the guest's root can't put a symlink where the shim would
+//! later mount something; the bind mounts on top carry their own read-only flag, so the host enforces a read-only volume whatever
+//! the guest does. Propagation brings mounts that are added later into coffer-fsd's mount namespace.
+//! A source is opened once and then mounted by fd (open_tree, move_mount), never by a path that could change meanwhile.
+
+use coffer_proto::ids::ContainerId;
+use coffer_proto::limits::SHARE_DIR;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use std::ffi::CString;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+/// Why the share could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    #[error("can't create {path}")]
+    Create { path: PathBuf, source: io::Error },
+    #[error("can't open {path}")]
+    Open { path: PathBuf, source: io::Error },
+    #[error("{path} is neither a directory nor a regular file")]
+    Kind { path: PathBuf },
+    #[error("can't mount {source_path} on {target}")]
+    Mount {
+        source_path: PathBuf,
+        target: PathBuf,
+        source: io::Error,
+    },
+    #[error("can't unmount {path}")]
+    Unmount { path: PathBuf, source: io::Error },
+    #[error("can't remove {path}")]
+    Remove { path: PathBuf, source: io::Error },
+    #[error("{path} is still a mount, its directory stays")]
+    StillMounted { path: PathBuf },
+}
+
+/// A sandbox's share while the sandbox lives.
+#[derive(Debug)]
+pub struct Share {
+    sandbox: PathBuf,
+}
+
+impl Share {
+    /// Makes the share below the sandbox's directory.
+    pub fn create(sandbox: &Path) -> Result<Self, ShareError> {
+        let share = Self {
+            sandbox: sandbox.to_owned(),
+        };
+        for dir in [share.points(), share.served()] {
+            make_dir(&dir)?;
+        }
+        let attributes = Attributes {
+            read_only: true,
+            no_symlinks: true,
+            shared: true,
+        };
+        mount(
+            &share.points(),
+            open(&share.points())?.as_fd(),
+            &share.served(),
+            attributes,
+            false,
+        )?;
+        Ok(share)
+    }
+
+    /// What coffer-fsd serves.
+    pub fn served(&self) -> PathBuf {
+        self.sandbox.join("share")
+    }
+
+    fn points(&self) -> PathBuf {
+        self.sandbox.join("shared")
+    }
+
+    /// Shows a directory as the container's root; gives its path in the guest.
+    pub fn add_rootfs(
+        &self,
+        id: &ContainerId,
+        source: &Path,
+        read_only: bool,
+    ) -> Result<String, ShareError> {
+        self.add(id, Path::new("rootfs"), source, read_only)
+    }
+
+    /// Shows a directory or file as the container's volume number `index`; gives its path in the guest.
+    pub fn add_mount(
+        &self,
+        id: &ContainerId,
+        index: usize,
+        source: &Path,
+        read_only: bool,
+    ) -> Result<String, ShareError> {
+        self.add(
+            id,
+            &Path::new("mounts").join(index.to_string()),
+            source,
+            read_only,
+        )
+    }
+
+    fn add(
+        &self,
+        id: &ContainerId,
+        name: &Path,
+        source: &Path,
+        read_only: bool,
+    ) -> Result<String, ShareError> {
+        let within = Path::new(id.as_str()).join(name);
+        let point = self.points().join(&within);
+        make_dir(&self.points().join(id))?;
+        if let Some(parent) = point.parent() {
+            make_dir(parent)?;
+        }
+        let opened = open(source)?;
+        let kind = opened
+            .metadata()
+            .map_err(|e| ShareError::Open {
+                path: source.to_owned(),
+                source: e,
+            })?
+            .file_type();
+        if kind.is_dir() {
+            make_dir(&point)?;
+        } else if kind.is_file() || kind.is_fifo() || kind.is_socket() {
+            File::create_new(&point).map_err(|e| ShareError::Create {
+                path: point.clone(),
+                source: e,
+            })?;
+        } else {
+            return Err(ShareError::Kind {
+                path: source.to_owned(),
+            });
+        }
+        let attributes = Attributes {
+            read_only,
+            no_symlinks: false,
+            shared: false,
+        };
+        mount(
+            source,
+            opened.as_fd(),
+            &self.served().join(&within),
+            attributes,
+            kind.is_dir(),
+        )?;
+        Ok(format!("{SHARE_DIR}/{}", within.display()))
+    }
+
+    /// Takes everything of one container away. Nothing to do is no error.
+    pub fn remove_container(&self, id: &ContainerId) -> Result<(), ShareError> {
+        unmount_below(&self.served().join(id))?;
+        remove_tree(&self.points().join(id))
+    }
+
+    /// Takes the whole share of a sandbox away, from its directory alone; what is gone already is no error.
+    pub fn remove(sandbox: &Path) -> Result<(), ShareError> {
+        let share = Self {
+            sandbox: sandbox.to_owned(),
+        };
+        unmount_below(&share.served())?;
+        match fs::remove_dir(share.served()) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(ShareError::Remove {
+                    path: share.served(),
+                    source: e,
+                });
+            }
+            _ => {}
+        }
+        remove_tree(&share.points())
+    }
+}
+
+/// Opens a path for mounting, following symlinks of the host as the user who named it expects.
+fn open(path: &Path) -> Result<File, ShareError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|source| ShareError::Open {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn make_dir(path: &Path) -> Result<(), ShareError> {
+    match DirBuilder::new().mode(0o755).create(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(ShareError::Create {
+            path: path.to_owned(),
+            source: e,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What is set on a mount besides nodev and nosuid, which all of them have.
+#[derive(Debug, Clone, Copy)]
+struct Attributes {
+    read_only: bool,
+    no_symlinks: bool,
+    shared: bool,
+}
+
+/// Clones the tree at `source` and attaches it on `target`.
+fn mount(
+    source_path: &Path,
+    source: BorrowedFd<'_>,
+    target: &Path,
+    attributes: Attributes,
+    recursive: bool,
+) -> Result<(), ShareError> {
+    let fail = |source| ShareError::Mount {
+        source_path: source_path.to_owned(),
+        target: target.to_owned(),
+        source,
+    };
+    let tree = open_tree(source, recursive).map_err(fail)?;
+    let mut set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    if attributes.read_only {
+        set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    if attributes.no_symlinks {
+        set |= libc::MOUNT_ATTR_NOSYMFOLLOW;
+    }
+    set_attributes(tree.as_fd(), set, libc::MS_PRIVATE, recursive).map_err(fail)?;
+    let point = open(target)?;
+    move_mount(tree.as_fd(), point.as_fd()).map_err(fail)?;
+    if attributes.shared {
+        // Only now: a tree that is shared before it is attached would join its source's peers.
+        set_attributes(open(target)?.as_fd(), 0, libc::MS_SHARED, false).map_err(fail)?;
+    }
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as u32;
+    if recursive {
+        flags |= libc::AT_RECURSIVE as u32;
+    }
+    // SAFETY: the fd is open for the call and the path is an empty C string.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags) };
+    let fd = i32::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[allow(unsafe_code)]
+fn set_attributes(
+    tree: BorrowedFd<'_>,
+    set: u64,
+    propagation: u64,
+    recursive: bool,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: fd and struct are valid for the call, and the size given is the struct's.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn move_mount(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: both fds are open for the call and the paths are empty C strings.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            target.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Unmounts everything at and below a path, the newest first.
+fn unmount_below(path: &Path) -> Result<(), ShareError> {
+    for point in mounts_below(path)?.iter().rev() {
+        let name = CString::new(point.as_os_str().as_bytes()).expect("mountinfo holds no NUL");
+        match umount2(
+            name.as_c_str(),
+            MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+        ) {
+            // A detached parent took it along.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(e) => {
+                return Err(ShareError::Unmount {
+                    path: point.clone(),
+                    source: e.into(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Mount points at and below a path, in the order in which they were made.
+fn mounts_below(path: &Path) -> Result<Vec<PathBuf>, ShareError> {
+    let list = PathBuf::from("/proc/self/mountinfo");
+    let text = fs::read(&list).map_err(|source| ShareError::Open { path: list, source })?;
+    // The kernel prints the path without symlinks.
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let points = text
+        .split(|b| *b == b'\n')
+        .filter_map(|line| line.split(|b| *b == b' ').nth(4));
+    Ok(points
+        .map(unescape)
+        .filter(|point| point.starts_with(&path))
+        .collect())
+}
+
+/// proc_pid_mountinfo(5): space, tab, newline and backslash are written as three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = tail
+            .get(..3)
+            .and_then(|d| std::str::from_utf8(d).ok())
+            .and_then(|d| u8::from_str_radix(d, 8).ok());
+        match (first, code) {
+            (b'\\', Some(code)) => {
+                out.push(code);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsStr::from_bytes(&out))
+}
+
+/// Removes mount points: never across a mount, which could be a user's volume.
+fn remove_tree(path: &Path) -> Result<(), ShareError> {
+    if let Some(mounted) = mounts_below(path)?.into_iter().next() {
+        return Err(ShareError::StillMounted { path: mounted });
+    }
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ShareError::Remove {
+            path: path.to_owned(),
+            source: e,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn id(name: &str) -> ContainerId {
+        ContainerId::new(name).unwrap()
+    }
+
+    #[test]
+    fn volumes_appear_writable_or_not_and_go_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sandbox, volume) = (dir.path().join("s"), dir.path().join("v"));
+        fs::create_dir(&sandbox).unwrap();
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("f"), "kept").unwrap();
+
+        let share = Share::create(&sandbox).unwrap();
+        assert_eq!(
+            share.add_rootfs(&id("c"), &volume, false).unwrap(),
+            "/run/coffer/share/c/rootfs"
+        );
+        assert_eq!(
+            share.add_mount(&id("c"), 0, &volume, true).unwrap(),
+            "/run/coffer/share/c/mounts/0"
+        );
+        share
+            .add_mount(&id("c"), 1, &volume.join("f"), true)
+            .unwrap();
+
+        fs::write(share.served().join("c/rootfs/new"), "seen").unwrap();
+        assert_eq!(fs::read_to_string(volume.join("new")).unwrap(), "seen");
+        let refused = fs::write(share.served().join("c/mounts/0/f"), "lost").unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+        assert_eq!(
+            fs::read_to_string(share.served().join("c/mounts/1")).unwrap(),
+            "kept"
+        );
+
+        share.remove_container(&id("c")).unwrap();
+        share.remove_container(&id("c")).unwrap();
+        Share::remove(&sandbox).unwrap();
+        Share::remove(&sandbox).unwrap();
+        assert_eq!(fs::read_to_string(volume.join("f")).unwrap(), "kept");
+        assert_eq!(fs::read_dir(&sandbox).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_top_of_the_share_is_closed_to_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = Share::create(dir.path()).unwrap();
+        let refused = symlink("/etc", share.served().join("c")).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+        Share::remove(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_device_is_no_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = Share::create(dir.path()).unwrap();
+        let refused = share.add_mount(&id("c"), 0, Path::new("/dev/null"), false);
+        assert!(
+            matches!(refused, Err(ShareError::Kind { .. })),
+            "{refused:?}"
+        );
+        Share::remove(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn mountinfo_escapes_are_read() {
+        assert_eq!(unescape(b"/a\\040b\\134"), Path::new("/a b\\"));
+    }
+}

@@ -1,0 +1,420 @@
+//! From the OCI bundle on the host to the spec that the agent gets.
+//!
+//! The host's half of a spec is taken out here: the root file system and bind sources become mounts of the sandbox's share,
+//! a network namespace becomes the VM's network, host hooks stay on the host. What is left is sent to the agent,
+//! which honours a field or refuses it by name.
+
+use crate::mount_points::MountPoint;
+use coffer_proto::ids::ContainerId;
+use coffer_proto::limits::SHARE_DIR;
+use oci_spec::runtime::{Hook, HooksBuilder, LinuxNamespaceType, Mount, Spec};
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// The agent's RPC takes 4 MiB; a spec this large would be no spec.
+pub const MAX_CONFIG_BYTES: u64 = 3 << 20;
+
+/// Host directories of kernel file systems: a container that binds them wants its own kernel's, which is the guest's.
+const KERNEL_FILE_SYSTEMS: [&str; 3] = ["/proc", "/sys", "/dev"];
+
+/// Why a bundle can't be run. The message names the field and its value.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    #[error("the bundle {path} can't be read")]
+    Bundle { path: PathBuf, source: io::Error },
+    #[error("{path} is larger than {MAX_CONFIG_BYTES} bytes")]
+    TooLarge { path: PathBuf },
+    #[error("{path}: {field} can't be parsed")]
+    Parse {
+        path: PathBuf,
+        field: String,
+        source: serde_json::Error,
+    },
+    #[error("config.json: {field} {value:?} {reason}")]
+    Field {
+        field: String,
+        value: String,
+        reason: &'static str,
+    },
+    #[error("config.json: {field} is missing")]
+    Missing { field: &'static str },
+    #[error("config.json: {field} {path} can't be used")]
+    Source {
+        field: String,
+        path: PathBuf,
+        source: io::Error,
+    },
+}
+
+fn field<T>(
+    field: impl Into<String>,
+    value: impl ToString,
+    reason: &'static str,
+) -> Result<T, SpecError> {
+    Err(SpecError::Field {
+        field: field.into(),
+        value: value.to_string(),
+        reason,
+    })
+}
+
+/// A bundle that was read and whose host side was checked.
+#[derive(Debug)]
+pub struct Bundle {
+    spec: Spec,
+    dir: PathBuf,
+    rootfs: PathBuf,
+}
+
+/// A host directory or file which the share has to show at its index.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    pub index: usize,
+    pub source: PathBuf,
+    pub read_only: bool,
+}
+
+/// A spec split into what the agent gets and what the shim does.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// The OCI spec for the agent.
+    pub json: Vec<u8>,
+    pub rootfs: PathBuf,
+    pub read_only_rootfs: bool,
+    /// Volumes, to be added to the share before the container is created.
+    pub binds: Vec<Bind>,
+    /// Where mounts go in the container, in the order of the spec.
+    pub mount_points: Vec<MountPoint>,
+    pub terminal: bool,
+    /// `linux.namespaces` of type network with a path: where the VM's network comes from.
+    pub network_namespace: Option<PathBuf>,
+    pub hostname: Option<String>,
+    /// `linux.cgroupsPath` as it was written.
+    pub cgroups_path: Option<PathBuf>,
+    /// Hooks that run on the host, in the runtime's namespaces.
+    pub host_hooks: HostHooks,
+}
+
+/// OCI hooks of the runtime namespace (spec, "POSIX-platform hooks").
+#[derive(Debug, Default)]
+pub struct HostHooks {
+    pub prestart: Vec<Hook>,
+    pub create_runtime: Vec<Hook>,
+    pub poststart: Vec<Hook>,
+    pub poststop: Vec<Hook>,
+}
+
+impl Bundle {
+    /// Reads `config.json` and checks what belongs to the host.
+    pub fn load(dir: &Path) -> Result<Self, SpecError> {
+        let path = dir.join("config.json");
+        let mut text = Vec::new();
+        let file = fs::File::open(&path).map_err(|source| SpecError::Bundle {
+            path: path.clone(),
+            source,
+        })?;
+        file.take(MAX_CONFIG_BYTES + 1)
+            .read_to_end(&mut text)
+            .map_err(|source| SpecError::Bundle {
+                path: path.clone(),
+                source,
+            })?;
+        if text.len() as u64 > MAX_CONFIG_BYTES {
+            return Err(SpecError::TooLarge { path });
+        }
+        let mut json = serde_json::Deserializer::from_slice(&text);
+        let spec: Spec =
+            serde_path_to_error::deserialize(&mut json).map_err(|error| SpecError::Parse {
+                path,
+                field: error.path().to_string(),
+                source: error.into_inner(),
+            })?;
+        check(&spec)?;
+        let rootfs = find_rootfs(&spec, dir)?;
+        Ok(Self {
+            spec,
+            dir: dir.to_owned(),
+            rootfs,
+        })
+    }
+
+    /// The spec as it was read.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Splits the spec for a container of this id.
+    pub fn for_guest(&self, id: &ContainerId) -> Result<GuestSpec, SpecError> {
+        let mut spec = self.spec.clone();
+        let read_only_rootfs = spec
+            .root()
+            .as_ref()
+            .and_then(oci_spec::runtime::Root::readonly)
+            .unwrap_or(false);
+        if let Some(root) = spec.root_mut() {
+            root.set_path(PathBuf::from(format!("{SHARE_DIR}/{id}/rootfs")));
+        }
+        let mut binds = Vec::new();
+        if let Some(mounts) = spec.mounts_mut() {
+            for (i, mount) in mounts.iter_mut().enumerate() {
+                binds.extend(take_bind(mount, i, id, &self.dir)?);
+            }
+        }
+        let mount_points = mount_points(&spec, &binds);
+        let (network_namespace, cgroups_path) = take_host_side_of_linux(&mut spec);
+        let host_hooks = take_host_hooks(&mut spec)?;
+        Ok(GuestSpec {
+            rootfs: self.rootfs.clone(),
+            read_only_rootfs,
+            binds,
+            mount_points,
+            terminal: spec
+                .process()
+                .as_ref()
+                .and_then(oci_spec::runtime::Process::terminal)
+                .unwrap_or(false),
+            network_namespace,
+            hostname: spec.hostname().clone(),
+            cgroups_path,
+            host_hooks,
+            json: serde_json::to_vec(&spec).expect("a spec that was parsed can be written"),
+        })
+    }
+}
+
+/// What must be there before anything is created. The agent checks the rest against its kernel.
+fn check(spec: &Spec) -> Result<(), SpecError> {
+    let version = spec.version();
+    if version.split('.').next() != Some("1") {
+        return field("ociVersion", version, "is not a 1.x version");
+    }
+    for (name, present) in [
+        ("solaris", spec.solaris().is_some()),
+        ("windows", spec.windows().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ] {
+        if present {
+            return field(name, "{…}", "belongs to another platform");
+        }
+    }
+    let Some(process) = spec.process() else {
+        return Err(SpecError::Missing { field: "process" });
+    };
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(SpecError::Missing {
+            field: "process.args",
+        });
+    }
+    if !process.cwd().is_absolute() {
+        return field(
+            "process.cwd",
+            process.cwd().display(),
+            "is not an absolute path",
+        );
+    }
+    if let Some(bad) = process
+        .env()
+        .iter()
+        .flatten()
+        .position(|e| e.contains('\0') || !e.contains('='))
+    {
+        let value = &process.env().as_ref().expect("it has an entry")[bad];
+        return field(format!("process.env[{bad}]"), value, "is not NAME=VALUE");
+    }
+    if let Some(hostname) = spec.hostname()
+        && (hostname.len() > 64 || hostname.contains('\0'))
+    {
+        return field(
+            "hostname",
+            hostname,
+            "is longer than 64 bytes or has a NUL in it",
+        );
+    }
+    Ok(())
+}
+
+fn find_rootfs(spec: &Spec, dir: &Path) -> Result<PathBuf, SpecError> {
+    let Some(root) = spec.root() else {
+        return Err(SpecError::Missing { field: "root" });
+    };
+    let path = dir.join(root.path());
+    let meta = fs::symlink_metadata(&path).map_err(|source| SpecError::Source {
+        field: "root.path".into(),
+        path: path.clone(),
+        source,
+    })?;
+    if meta.is_symlink() {
+        return field("root.path", path.display(), "is a symlink");
+    }
+    if !meta.is_dir() {
+        return field("root.path", path.display(), "is not a directory");
+    }
+    if path.canonicalize().is_ok_and(|p| p == Path::new("/")) {
+        return field("root.path", path.display(), "is the root of the host");
+    }
+    Ok(path)
+}
+
+/// Turns a bind mount of the host into one of the share. None for mounts that the guest makes by itself.
+fn take_bind(
+    mount: &mut Mount,
+    i: usize,
+    id: &ContainerId,
+    bundle: &Path,
+) -> Result<Option<Bind>, SpecError> {
+    if !mount.destination().is_absolute() {
+        return field(
+            format!("mounts[{i}].destination"),
+            mount.destination().display(),
+            "is not an absolute path",
+        );
+    }
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |names: &[&str]| options.iter().any(|o| names.contains(&o.as_str()));
+    if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
+        return Ok(None);
+    }
+    let Some(source) = mount.source() else {
+        return field(
+            format!("mounts[{i}].source"),
+            "",
+            "is missing for a bind mount",
+        );
+    };
+    let name = format!("mounts[{i}].source");
+    let source = bundle.join(source);
+    if KERNEL_FILE_SYSTEMS
+        .iter()
+        .any(|dir| source.starts_with(dir))
+    {
+        return keep_in_guest(&name, &source);
+    }
+    let meta = fs::metadata(&source).map_err(|e| SpecError::Source {
+        field: name.clone(),
+        path: source.clone(),
+        source: e,
+    })?;
+    if !(meta.is_dir() || meta.is_file() || is_endpoint(&meta)) {
+        return field(
+            name,
+            source.display(),
+            "is a device; devices of the host are not passed into the VM",
+        );
+    }
+    // The last of "ro" and "rw" wins, as in mount(8).
+    let read_only = options
+        .iter()
+        .rev()
+        .find(|o| matches!(o.as_str(), "ro" | "rw" | "rro"))
+        .is_some_and(|o| o != "rw");
+    mount.set_source(Some(PathBuf::from(format!("{SHARE_DIR}/{id}/mounts/{i}"))));
+    Ok(Some(Bind {
+        index: i,
+        source,
+        read_only,
+    }))
+}
+
+fn mount_points(spec: &Spec, binds: &[Bind]) -> Vec<MountPoint> {
+    let is_file = |i: usize| {
+        binds
+            .iter()
+            .any(|bind| bind.index == i && !bind.source.is_dir())
+    };
+    let mounts = spec.mounts().iter().flatten().enumerate();
+    mounts
+        .map(|(i, mount)| MountPoint {
+            path: mount.destination().clone(),
+            file: is_file(i),
+        })
+        .collect()
+}
+
+/// A bind from the host's /proc, /sys or /dev means the guest's own, which must be a directory or plain file there.
+fn keep_in_guest(name: &str, source: &Path) -> Result<Option<Bind>, SpecError> {
+    match fs::metadata(source) {
+        Ok(meta) if meta.is_dir() || meta.is_file() => Ok(None),
+        Ok(_) => field(
+            name,
+            source.display(),
+            "is a device; devices of the host are not passed into the VM",
+        ),
+        Err(e) => Err(SpecError::Source {
+            field: name.to_owned(),
+            path: source.to_owned(),
+            source: e,
+        }),
+    }
+}
+
+fn is_endpoint(meta: &fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    meta.file_type().is_socket() || meta.file_type().is_fifo()
+}
+
+/// Removes paths of host namespaces and cgroups: in the guest the pod's own take their place.
+fn take_host_side_of_linux(spec: &mut Spec) -> (Option<PathBuf>, Option<PathBuf>) {
+    let mut network = None;
+    let Some(linux) = spec.linux_mut() else {
+        return (None, None);
+    };
+    if let Some(namespaces) = linux.namespaces_mut() {
+        for namespace in namespaces.iter_mut() {
+            if namespace.typ() == LinuxNamespaceType::Network {
+                network = namespace.path().clone();
+            }
+            if namespace.typ() != LinuxNamespaceType::Pid {
+                namespace.set_path(None);
+            }
+        }
+        // A PID namespace of another container of the pod is the one that the pod's containers share.
+        namespaces.retain(|n| n.typ() != LinuxNamespaceType::Pid || n.path().is_none());
+    }
+    let cgroups_path = linux.cgroups_path().clone();
+    linux.set_cgroups_path(None);
+    (network, cgroups_path)
+}
+
+#[allow(
+    deprecated,
+    reason = "prestart is deprecated in the OCI spec but podman and docker still write it"
+)]
+fn take_host_hooks(spec: &mut Spec) -> Result<HostHooks, SpecError> {
+    let Some(hooks) = spec.hooks().clone() else {
+        return Ok(HostHooks::default());
+    };
+    let all = |list: &Option<Vec<Hook>>| list.clone().unwrap_or_default();
+    let host = HostHooks {
+        prestart: all(hooks.prestart()),
+        create_runtime: all(hooks.create_runtime()),
+        poststart: all(hooks.poststart()),
+        poststop: all(hooks.poststop()),
+    };
+    let named = [
+        ("prestart", &host.prestart),
+        ("createRuntime", &host.create_runtime),
+        ("poststart", &host.poststart),
+        ("poststop", &host.poststop),
+    ];
+    for (kind, list) in named {
+        if let Some(i) = list.iter().position(|hook| !hook.path().is_absolute()) {
+            return field(
+                format!("hooks.{kind}[{i}].path"),
+                list[i].path().display(),
+                "is not an absolute path",
+            );
+        }
+    }
+    let guest = HooksBuilder::default()
+        .create_container(all(hooks.create_container()))
+        .start_container(all(hooks.start_container()))
+        .build()
+        .expect("every field of hooks is optional");
+    spec.set_hooks(Some(guest));
+    Ok(host)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+use super::*;
+use serde_json::{Value, json};
+
+/// A bundle directory with a rootfs and the config given, on top of the least that is valid.
+fn bundle(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("rootfs")).unwrap();
+    let mut config = json!({
+        "ociVersion": "1.2.0",
+        "root": {"path": "rootfs"},
+        "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}], "cgroupsPath": "/a/b"}
+    });
+    change(&mut config);
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    dir
+}
+
+fn refused(change: impl FnOnce(&mut Value)) -> String {
+    let dir = bundle(change);
+    let id = ContainerId::new("c").unwrap();
+    let error = match Bundle::load(dir.path()) {
+        Ok(bundle) => bundle.for_guest(&id).map(|_| ()).unwrap_err(),
+        Err(error) => error,
+    };
+    error.to_string()
+}
+
+#[test]
+fn the_host_side_is_taken_out() {
+    let volume = tempfile::tempdir().unwrap();
+    let dir = bundle(|c| {
+        c["mounts"] = json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/v", "type": "bind", "source": volume.path(), "options": ["rbind", "rw", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["bind"]},
+        ]);
+        c["hooks"] = json!({"prestart": [{"path": "/bin/true"}], "startContainer": [{"path": "/bin/false"}]});
+        c["hostname"] = json!("web");
+    });
+    let id = ContainerId::new("c1").unwrap();
+    let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    assert_eq!(
+        guest.binds,
+        [Bind {
+            index: 1,
+            source: volume.path().to_owned(),
+            read_only: true
+        }]
+    );
+    assert_eq!(
+        guest.network_namespace.as_deref(),
+        Some(Path::new("/run/netns/x"))
+    );
+    assert_eq!(guest.cgroups_path.as_deref(), Some(Path::new("/a/b")));
+    assert_eq!(guest.hostname.as_deref(), Some("web"));
+    assert_eq!(guest.host_hooks.prestart.len(), 1);
+
+    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    assert_eq!(spec["root"]["path"], "/run/coffer/share/c1/rootfs");
+    assert_eq!(spec["mounts"][1]["source"], "/run/coffer/share/c1/mounts/1");
+    assert_eq!(spec["mounts"][2]["source"], "/dev/shm");
+    assert_eq!(
+        spec["linux"]["namespaces"],
+        json!([{"type": "pid"}, {"type": "network"}])
+    );
+    assert_eq!(spec["linux"]["cgroupsPath"], Value::Null);
+    assert_eq!(spec["hooks"]["prestart"], Value::Null);
+    assert_eq!(spec["hooks"]["startContainer"][0]["path"], "/bin/false");
+}
+
+#[test]
+fn errors_name_field_and_value() {
+    type Case = (fn(&mut Value), &'static str, &'static str);
+    let cases: [Case; 9] = [
+        (|c| c["ociVersion"] = json!("2.0.0"), "ociVersion", "2.0.0"),
+        (|c| c["process"]["cwd"] = json!("tmp"), "process.cwd", "tmp"),
+        (
+            |c| c["process"]["args"] = json!([]),
+            "process.args",
+            "missing",
+        ),
+        (
+            |c| c["process"]["env"] = json!(["A=1", "B"]),
+            "process.env[1]",
+            "B",
+        ),
+        (
+            |c| c["root"]["path"] = json!("nowhere"),
+            "root.path",
+            "nowhere",
+        ),
+        (
+            |c| c["root"]["path"] = json!("config.json"),
+            "root.path",
+            "config.json",
+        ),
+        (
+            |c| c["mounts"] = json!([{"destination": "v", "type": "tmpfs"}]),
+            "mounts[0].destination",
+            "v",
+        ),
+        (
+            |c| c["mounts"] = json!([{"destination": "/v", "type": "bind", "source": "/nowhere"}]),
+            "mounts[0].source",
+            "/nowhere",
+        ),
+        (
+            |c| c["mounts"] = json!([{"destination": "/v", "type": "bind", "source": "/dev/null"}]),
+            "mounts[0].source",
+            "device",
+        ),
+    ];
+    for (change, name, value) in cases {
+        let error = refused(change);
+        assert!(error.contains(name) && error.contains(value), "{error}");
+    }
+}
+
+#[test]
+fn a_value_of_the_wrong_type_is_named_by_its_path() {
+    let error = refused(|c| c["process"]["user"]["uid"] = json!("root"));
+    assert!(error.contains("process.user.uid"), "{error}");
+    let error = refused(|c| c["linux"]["namespaces"][0]["type"] = json!("galaxy"));
+    assert!(error.contains("linux.namespaces[0].type"), "{error}");
+}
+
+#[test]
+fn a_rootfs_that_is_a_symlink_is_refused() {
+    let dir = bundle(|_| {});
+    fs::rename(dir.path().join("rootfs"), dir.path().join("real")).unwrap();
+    std::os::unix::fs::symlink("real", dir.path().join("rootfs")).unwrap();
+    let error = Bundle::load(dir.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("root.path") && error.contains("symlink"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_directory_without_config_is_no_bundle() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Bundle::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("config.json"), "{error}");
+}
