@@ -8,10 +8,12 @@
 //!
 //! - [`machine`]: what a sandbox is asked to be, and the recipe that boots it.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
+//! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 
 pub mod cgroup;
 pub mod machine;
 pub mod mount_points;
+pub mod network;
 pub mod share;
 pub mod spec;
