@@ -10,8 +10,10 @@
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
+//! - [`image`]: container images on disk.
 
 pub mod cgroup;
+pub mod image;
 pub mod machine;
 pub mod mount_points;
 pub mod network;
