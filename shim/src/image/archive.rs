@@ -89,10 +89,10 @@ impl<R: Read> TarReader<R> {
             match header.entry_type() {
                 EntryType::XHeader => extension.take_pax(&self.read_extension(size)?)?,
                 EntryType::GNULongName => {
-                    extension.path = Some(until_nul(self.read_extension(size)?))
+                    extension.path = Some(until_nul(self.read_extension(size)?));
                 }
                 EntryType::GNULongLink => {
-                    extension.link = Some(until_nul(self.read_extension(size)?))
+                    extension.link = Some(until_nul(self.read_extension(size)?));
                 }
                 // Defaults for the members that follow; tools write only comments there.
                 EntryType::XGlobalHeader => _ = self.read_extension(size)?,

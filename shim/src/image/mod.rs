@@ -126,7 +126,7 @@ impl Image {
             path: directory.into(),
             source,
         };
-        let mut tree = tree::Tree::open(directory).map_err(|error| target(error.into()))?;
+        let mut tree = tree::Tree::open(directory).map_err(target)?;
         for layer in &self.layers {
             layer.unpack(&self.source, &mut tree)?;
         }

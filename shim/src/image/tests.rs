@@ -35,6 +35,14 @@ fn message(error: &Error) -> String {
     text
 }
 
+fn describe(header: &mut Header, owner: (u64, u64), mode: u32, size: u64) {
+    header.set_uid(owner.0);
+    header.set_gid(owner.1);
+    header.set_mode(mode);
+    header.set_mtime(0);
+    header.set_size(size);
+}
+
 fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(data).unwrap();
@@ -168,13 +176,7 @@ fn owners_modes_times_links_and_capabilities_are_kept() {
     ]);
     let mut header = Header::new_ustar();
     header.set_path("bin/ping").unwrap();
-    (
-        header.set_uid(1000),
-        header.set_gid(1001),
-        header.set_mode(0o4751),
-        header.set_mtime(0),
-        header.set_size(2),
-    );
+    describe(&mut header, (1000, 1001), 0o4751, 2);
     layer.append(header, b"hi");
     let layer = layer
         .hard_link("bin/pong", "bin/ping")
@@ -232,13 +234,7 @@ fn devices_and_fifos_are_made() {
     let mut header = Header::new_ustar();
     header.set_path("null").unwrap();
     header.set_entry_type(EntryType::Char);
-    (
-        header.set_uid(0),
-        header.set_gid(0),
-        header.set_mode(0o666),
-        header.set_mtime(0),
-        header.set_size(0),
-    );
+    describe(&mut header, (0, 0), 0o666, 0);
     header.set_device_major(1).unwrap();
     header.set_device_minor(3).unwrap();
     layer.append(header, b"");
