@@ -11,8 +11,11 @@
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`image`]: container images on disk.
+//! - [`config`]: the configuration file; [`check`]: what a VM needs of this machine, and who runs it.
 
 pub mod cgroup;
+pub mod check;
+pub mod config;
 pub mod image;
 pub mod machine;
 pub mod mount_points;

@@ -311,7 +311,7 @@ fn check_digest(name: &str, expected: &str, content: &[u8]) -> Result<(), Error>
     Ok(())
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes
         .iter()

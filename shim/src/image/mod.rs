@@ -27,6 +27,8 @@ mod tests;
 pub use config::RunConfig;
 pub use root::Root;
 
+pub(crate) use manifest::hex;
+
 use layer::Layer;
 use oci_spec::image::Digest;
 use source::Source;
