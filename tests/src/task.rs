@@ -1,0 +1,101 @@
+//! A client of a sandbox's Task API, as containerd is one.
+
+use anyhow::{Context, Result};
+use containerd_shim_protos::{Client, TaskClient, api};
+use std::path::Path;
+use std::time::Duration;
+
+/// A connection to a supervisor.
+pub struct Task {
+    client: TaskClient,
+}
+
+impl std::fmt::Debug for Task {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Task").finish_non_exhaustive()
+    }
+}
+
+impl Task {
+    /// Connects to the socket of a sandbox below the state root.
+    pub fn connect(root: &Path, sandbox: &str) -> Result<Self> {
+        let socket = root.join(sandbox).join("task.sock");
+        let client = Client::connect(&format!("unix://{}", socket.display()))
+            .with_context(|| format!("can't connect to {}", socket.display()))?;
+        Ok(Self {
+            client: TaskClient::new(client),
+        })
+    }
+
+    fn context() -> ttrpc::context::Context {
+        let nanos = i64::try_from(Duration::from_secs(120).as_nanos()).expect("it fits");
+        ttrpc::context::with_timeout(nanos)
+    }
+
+    /// Creates a container from a bundle, with its stdout going to a file or fifo.
+    pub fn create(&self, id: &str, bundle: &str, stdout: &str) -> ttrpc::Result<u32> {
+        let request = api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.into(),
+            stdout: stdout.into(),
+            ..Default::default()
+        };
+        Ok(self.client.create(Self::context(), &request)?.pid)
+    }
+
+    /// Starts a container, or one of its execs.
+    pub fn start(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::StartRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        Ok(self.client.start(Self::context(), &request)?.pid)
+    }
+
+    /// Waits for the end of a container or exec and gives its exit status.
+    pub fn wait(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::WaitRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        Ok(self.client.wait(Self::context(), &request)?.exit_status)
+    }
+
+    pub fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = api::KillRequest {
+            id: id.into(),
+            signal,
+            ..Default::default()
+        };
+        self.client.kill(Self::context(), &request).map(drop)
+    }
+
+    pub fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::DeleteRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        Ok(self.client.delete(Self::context(), &request)?.exit_status)
+    }
+
+    pub fn state(&self, id: &str, exec: &str) -> ttrpc::Result<api::StateResponse> {
+        let request = api::StateRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        self.client.state(Self::context(), &request)
+    }
+}
+
+/// The gRPC code of an error, or None where the connection itself failed.
+pub fn code_of(error: &ttrpc::Error) -> Option<ttrpc::Code> {
+    if let ttrpc::Error::RpcStatus(status) = error {
+        Some(status.code())
+    } else {
+        None
+    }
+}

@@ -1,0 +1,171 @@
+//! A process of the sandbox dies without warning. Everything of the sandbox is gone within ten seconds, the container is
+//! reported dead with a reason, and `coffer delete` leaves nothing (the harness looks).
+
+use coffer_tests::bundle::Bundle;
+use coffer_tests::{Background, Test, leaks, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::time::{Duration, Instant};
+
+const REPORTED_WITHIN: Duration = Duration::from_secs(10);
+
+const IDLE: &[&str] = &["sleep", "600"];
+const BUSY: &[&str] = &[
+    "sh",
+    "-c",
+    "while :; do dd if=/dev/urandom of=/tmp/f bs=64k count=64 2>/dev/null; cat /tmp/f > /tmp/g; done",
+];
+
+/// Descendants of the test that run this program.
+fn processes(program: &str) -> Vec<u32> {
+    let runs = |pid: &u32| {
+        let line = leaks::command_line(*pid);
+        line.split(' ')
+            .next()
+            .and_then(|first| first.rsplit('/').next())
+            == Some(program)
+    };
+    leaks::descendants(std::process::id())
+        .unwrap()
+        .into_iter()
+        .filter(runs)
+        .collect()
+}
+
+fn supervisors() -> Vec<u32> {
+    let all = leaks::descendants(std::process::id()).unwrap();
+    all.into_iter()
+        .filter(|pid| leaks::command_line(*pid).contains(" supervise "))
+        .collect()
+}
+
+fn hypervisors(test: &Test) -> Vec<u32> {
+    processes(if test.hypervisor() == "qemu" {
+        "coffer-qemu"
+    } else {
+        "coffer-vmm"
+    })
+}
+
+fn kill_all(pids: &[u32]) {
+    assert!(!pids.is_empty(), "there is nothing to kill");
+    for pid in pids {
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap();
+    }
+}
+
+/// The supervisor still answers: the container is stopped, in time and with a reason.
+fn reported_dead(sandbox: &Background<'_>, since: Instant) {
+    wait_for("the container to be reported dead", || {
+        sandbox.status() == "stopped"
+    });
+    assert!(
+        since.elapsed() < REPORTED_WITHIN,
+        "it took {:?}",
+        since.elapsed()
+    );
+    let state = sandbox.state();
+    let reason = state["annotations"]["io.coffer.reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    assert!(!reason.is_empty(), "no reason in {state}");
+    assert_ne!(
+        sandbox.exec(&["true"]).code,
+        0,
+        "an exec worked in a dead sandbox"
+    );
+}
+
+fn die(name: &str, command: &[&str], victims: impl Fn(&Test) -> Vec<u32>) {
+    let test = Test::new(name);
+    let rootfs = test.copy_of("busybox");
+    let sandbox = test.background_on(&["--rootfs", rootfs.to_str().unwrap()], &[], command);
+    std::thread::sleep(Duration::from_millis(500));
+    let since = Instant::now();
+    kill_all(&victims(&test));
+    reported_dead(&sandbox, since);
+}
+
+#[test]
+fn the_hypervisor_dies_idle() {
+    die("vmm-idle", IDLE, hypervisors);
+}
+
+#[test]
+fn the_hypervisor_dies_busy() {
+    die("vmm-busy", BUSY, hypervisors);
+}
+
+#[test]
+fn the_file_server_dies_idle() {
+    die("fsd-idle", IDLE, |_| processes("coffer-fsd"));
+}
+
+#[test]
+fn the_file_server_dies_busy() {
+    die("fsd-busy", BUSY, |_| processes("coffer-fsd"));
+}
+
+/// The guest's kernel shields PID 1 from signals; what a privileged container without a PID namespace of its own can do
+/// is to restart the machine under the agent. To the host both look alike: the agent is gone unasked.
+#[test]
+fn the_agent_dies() {
+    let test = Test::new("agent");
+    let mut bundle = Bundle::new(&test, "sleep 600");
+    let namespaces = bundle.config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "pid");
+    for set in ["bounding", "effective", "permitted"] {
+        let list = bundle.config["process"]["capabilities"][set]
+            .as_array_mut()
+            .unwrap();
+        list.extend([
+            serde_json::json!("CAP_SYS_PTRACE"),
+            serde_json::json!("CAP_SYS_ADMIN"),
+            serde_json::json!("CAP_SYS_BOOT"),
+        ]);
+    }
+    let sandbox = test.background_on(&["--bundle", bundle.write()], &[], &[]);
+    let since = Instant::now();
+    sandbox.exec(&["sh", "-c", "kill -9 1; kill -SEGV 1; reboot -f"]);
+    reported_dead(&sandbox, since);
+}
+
+#[test]
+fn the_supervisor_dies() {
+    for command in [IDLE, BUSY] {
+        let test = Test::new("supervisor");
+        let rootfs = test.copy_of("busybox");
+        let sandbox = test.background_on(&["--rootfs", rootfs.to_str().unwrap()], &[], command);
+        std::thread::sleep(Duration::from_millis(500));
+        let since = Instant::now();
+        kill_all(&supervisors());
+        // The hypervisor and the file server see the end of their sockets.
+        let others = || {
+            [
+                hypervisors(&test),
+                processes("coffer-fsd"),
+                processes("qemu-system-x86_64"),
+            ]
+            .concat()
+        };
+        wait_for("the VM to be gone", || others().is_empty());
+        assert!(
+            since.elapsed() < REPORTED_WITHIN,
+            "it took {:?}",
+            since.elapsed()
+        );
+        assert_eq!(sandbox.status(), "stopped");
+    }
+}
+
+#[test]
+fn everything_dies_at_once() {
+    let test = Test::new("all");
+    let sandbox = test.background(&[], IDLE);
+    kill_all(&[supervisors(), hypervisors(&test), processes("coffer-fsd")].concat());
+    wait_for("QEMU to follow", || {
+        processes("qemu-system-x86_64").is_empty()
+    });
+    assert_eq!(sandbox.status(), "stopped");
+}

@@ -1,0 +1,169 @@
+//! The pod's network namespace, carried into the VM.
+
+use coffer_tests::{Background, Test, asset, finish_with_input, host, noise, wait_for};
+use std::process::{Command, Stdio};
+
+/// Two namespaces joined by a veth: `pod` goes to the sandbox, `peer` is the world. Both vanish at the end.
+struct Wire {
+    pod: String,
+    peer: String,
+}
+
+impl Wire {
+    fn unconnected(test: &Test) -> Self {
+        let id = test.id();
+        let wire = Self {
+            pod: format!("{id}-pod"),
+            peer: format!("{id}-peer"),
+        };
+        for name in [&wire.pod, &wire.peer] {
+            ip(&["netns", "add", name]);
+            ip(&["-n", name, "link", "set", "lo", "up"]);
+        }
+        wire
+    }
+
+    fn connect(&self) {
+        let (pod, peer) = (self.pod.as_str(), self.peer.as_str());
+        ip(&[
+            "-n", pod, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer,
+        ]);
+        ip(&[
+            "-n",
+            pod,
+            "link",
+            "set",
+            "eth0",
+            "address",
+            "02:11:22:33:44:55",
+            "mtu",
+            "1430",
+            "up",
+        ]);
+        ip(&["-n", peer, "link", "set", "eth0", "mtu", "1430", "up"]);
+        for (name, four, six) in [
+            (pod, "10.9.0.2/24", "fd09::2/64"),
+            (peer, "10.9.0.1/24", "fd09::1/64"),
+        ] {
+            ip(&["-n", name, "addr", "add", four, "dev", "eth0"]);
+            ip(&["-n", name, "addr", "add", six, "dev", "eth0", "nodad"]);
+        }
+        ip(&["-n", pod, "route", "add", "default", "via", "10.9.0.1"]);
+        ip(&[
+            "-n",
+            pod,
+            "route",
+            "add",
+            "172.30.0.0/16",
+            "via",
+            "10.9.0.1",
+            "metric",
+            "7",
+        ]);
+        ip(&["-n", peer, "addr", "add", "172.30.0.1/16", "dev", "lo"]);
+    }
+
+    /// A command in the peer's namespace.
+    fn peer(&self, command: &[&str]) -> Command {
+        let mut ip = Command::new("ip");
+        ip.args(["netns", "exec", &self.peer])
+            .args(command)
+            .stdin(Stdio::null());
+        ip
+    }
+
+    fn start<'t>(&self, test: &'t Test) -> Background<'t> {
+        let (rootfs, netns) = (asset("debian"), format!("/run/netns/{}", self.pod));
+        test.background_on(
+            &["--rootfs", rootfs.to_str().unwrap()],
+            &["--netns", &netns],
+            &["sleep", "600"],
+        )
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        for name in [&self.pod, &self.peer] {
+            let _ = Command::new("ip").args(["netns", "del", name]).status();
+        }
+    }
+}
+
+fn ip(args: &[&str]) {
+    host("ip", args).unwrap();
+}
+
+/// A TCP client that sends stdin and prints the answer; the Debian root has perl but no netcat.
+const CLIENT: &str = r#"
+use IO::Socket::IP;
+my $s = IO::Socket::IP->new(PeerHost => $ARGV[0], PeerPort => 7000, Type => SOCK_STREAM) or die "connect: $@";
+if (fork) {
+    while (sysread(STDIN, my $b, 65536)) { for (my $o = 0; $o < length $b;) { $o += syswrite($s, $b, length($b) - $o, $o) // die } }
+    shutdown($s, 1); wait; exit($? >> 8);
+}
+while (sysread($s, my $b, 65536)) { for (my $o = 0; $o < length $b;) { $o += syswrite(STDOUT, $b, length($b) - $o, $o) // die } }
+"#;
+
+/// Sends bytes to an echo server on the other side of the wire, and wants them back.
+fn echo(sandbox: &Background<'_>, wire: &Wire, address: &str, bytes: &[u8]) {
+    let mut server = wire
+        .peer(&[
+            "socat",
+            "-b",
+            "65536",
+            "TCP6-LISTEN:7000,ipv6only=0,reuseaddr",
+            "EXEC:cat",
+        ])
+        .spawn()
+        .unwrap();
+    wait_for("the server to listen", || {
+        let sockets = wire.peer(&["cat", "/proc/net/tcp6"]).output().unwrap();
+        String::from_utf8_lossy(&sockets.stdout).contains(":1B58 ")
+    });
+    let done = finish_with_input(
+        sandbox.exec_command(&["-i"], &["perl", "-e", CLIENT, address]),
+        bytes.to_vec(),
+    );
+    let _ = server.kill();
+    server.wait().unwrap();
+    assert_eq!(done.code, 0, "{address}: {}", done.stderr);
+    assert!(
+        done.stdout == bytes,
+        "{} of {} bytes came back from {address}",
+        done.stdout.len(),
+        bytes.len()
+    );
+}
+
+#[test]
+fn the_guest_takes_the_veths_place_in_the_network() {
+    let test = Test::new("net");
+    let wire = Wire::unconnected(&test);
+    wire.connect();
+    let sandbox = wire.start(&test);
+    assert_eq!(
+        sandbox.sh("cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu"),
+        "02:11:22:33:44:55\n1430"
+    );
+    let routes = sandbox.sh("cat /proc/net/route");
+    assert!(
+        routes.contains("00001EAC\t0100090A") && routes.contains("00000000\t0100090A"),
+        "{routes}"
+    );
+    echo(&sandbox, &wire, "10.9.0.1", b"four");
+    echo(&sandbox, &wire, "fd09::1", b"six");
+    echo(&sandbox, &wire, "172.30.0.1", b"routed");
+    // A large transfer, both ways at once.
+    echo(&sandbox, &wire, "10.9.0.1", &noise(16 << 20, 5));
+}
+
+#[test]
+fn a_network_that_comes_after_the_boot_is_attached() {
+    let test = Test::new("late");
+    let wire = Wire::unconnected(&test);
+    let sandbox = wire.start(&test);
+    wire.connect();
+    test.ok(&["network", "attach", &sandbox.id]);
+    echo(&sandbox, &wire, "10.9.0.1", b"late");
+}
