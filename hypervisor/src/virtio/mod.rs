@@ -8,6 +8,8 @@
 pub mod balloon;
 pub mod block;
 pub mod device;
+#[cfg(test)]
+mod driver;
 pub mod fs;
 pub mod net;
 pub mod queue;

@@ -1,0 +1,285 @@
+//! The disk as the guest sees it.
+
+use super::request::{Limits, Request, Status};
+use super::worker::{Done, Job, Worker, finish};
+use super::{BlockError, ID_BYTES, MAX_CLEAR_SECTORS, QUEUE_SIZE, SECTOR, SEGMENT_BYTES, SEGMENTS};
+use crate::virtio::queue::{self, Chain, MAX_CHAINS_PER_EVENT};
+use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::Arc;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::epoll::EventSet;
+
+/// Bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
+const CONFIG: usize = 57;
+
+/// A disk. Without a file it is an empty slot: capacity 0, to be filled by [`VirtioDevice::set_backend`].
+#[derive(Debug)]
+pub struct Block {
+    id: [u8; ID_BYTES],
+    read_only: bool,
+    file: Option<Arc<File>>,
+    /// Capacity.
+    sectors: u64,
+    worker: Worker,
+    active: Option<Activation>,
+    /// Requests the worker has.
+    in_flight: usize,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    requests: u64,
+    failed: u64,
+}
+
+impl Block {
+    /// A disk on `file`, or an empty slot. Starts the worker thread, so the process must have taken its final identity.
+    pub fn new(serial: &str, file: Option<OwnedFd>, read_only: bool) -> Result<Self, BlockError> {
+        let mut id = [0; ID_BYTES];
+        let room = id
+            .get_mut(..serial.len())
+            .ok_or_else(|| BlockError::LongSerial(serial.into()))?;
+        room.copy_from_slice(serial.as_bytes());
+        let worker = Worker::start(usize::from(QUEUE_SIZE))?;
+        let counters = Counters::default();
+        let mut block = Self {
+            id,
+            read_only,
+            file: None,
+            sectors: 0,
+            worker,
+            active: None,
+            in_flight: 0,
+            counters,
+        };
+        block.point(file)?;
+        Ok(block)
+    }
+
+    /// Makes `file` the disk's content.
+    fn point(&mut self, file: Option<OwnedFd>) -> Result<(), BlockError> {
+        let file = file.map(File::from);
+        if let Some(file) = &file
+            && !self.read_only
+        {
+            let flags =
+                fcntl(file, FcntlArg::F_GETFL).map_err(|error| BlockError::Size(error.into()))?;
+            if OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
+                return Err(BlockError::NotWritable);
+            }
+        }
+        self.sectors = file.as_ref().map_or(Ok(0), capacity)?;
+        self.file = file.map(Arc::new);
+        Ok(())
+    }
+
+    fn config(&self) -> [u8; CONFIG] {
+        let mut config = [0; CONFIG];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.sectors.to_le_bytes());
+        put(8, &SEGMENT_BYTES.to_le_bytes());
+        put(12, &SEGMENTS.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // DISCARD and WRITE_ZEROES: sectors, segments; the discard's alignment is a page of the host's page cache.
+        put(36, &MAX_CLEAR_SECTORS.to_le_bytes());
+        put(40, &1u32.to_le_bytes());
+        put(44, &8u32.to_le_bytes());
+        put(48, &MAX_CLEAR_SECTORS.to_le_bytes());
+        put(52, &1u32.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    /// Takes requests until the queue is empty or the turn is over.
+    fn take_requests(&mut self, active: &mut Activation) -> Result<(), DeviceError> {
+        let mut answered = false;
+        for _ in 0..MAX_CHAINS_PER_EVENT {
+            let Some(chain) = queue::pop(&mut active.queues[0], &active.memory)? else {
+                if queue::rearm(&mut active.queues[0], &active.memory)? {
+                    continue;
+                }
+                return self.interrupt(active, answered);
+            };
+            self.counters.requests += 1;
+            if let Some(done) = self.start(chain, active)? {
+                self.complete(done, active)?;
+                answered = true;
+            }
+        }
+        // More may wait. Come back after the other devices had their turn.
+        active.notify[0].write(1).map_err(DeviceError::fatal)?;
+        self.interrupt(active, answered)
+    }
+
+    /// Begins a request; one that is refused is finished at once.
+    fn start(&mut self, chain: Chain, active: &Activation) -> Result<Option<Done>, DeviceError> {
+        if chain.writable_len() == 0 {
+            return Err(DeviceError::hostile(BlockError::NoStatus {
+                head: chain.head,
+            }));
+        }
+        let limits = Limits {
+            sectors: self.sectors,
+            read_only: self.read_only,
+        };
+        let (request, file) = match (Request::parse(&chain, &active.memory, limits), &self.file) {
+            (Ok(request), Some(file)) => (request, file.clone()),
+            (Ok(_), None) => return Ok(Some(finish(&chain, &active.memory, Status::IoError, 0))),
+            (Err(status), _) => return Ok(Some(finish(&chain, &active.memory, status, 0))),
+        };
+        if self.in_flight == usize::from(QUEUE_SIZE) {
+            return Err(DeviceError::hostile(BlockError::TooManyRequests));
+        }
+        self.worker
+            .submit(Job {
+                chain,
+                request,
+                memory: active.memory.clone(),
+                file,
+                id: self.id,
+            })
+            .map_err(DeviceError::fatal)?;
+        self.in_flight += 1;
+        Ok(None)
+    }
+
+    fn complete(&mut self, done: Done, active: &mut Activation) -> Result<(), DeviceError> {
+        if done.status != Status::Ok {
+            self.counters.failed += 1;
+        }
+        Ok(queue::push(
+            &mut active.queues[0],
+            &active.memory,
+            done.head,
+            done.written,
+        )?)
+    }
+
+    fn interrupt(&self, active: &mut Activation, wanted: bool) -> Result<(), DeviceError> {
+        if wanted {
+            queue::notify(&mut active.queues[0], &active.memory, &active.interrupt)?;
+        }
+        Ok(())
+    }
+
+    /// Gives finished requests back to the guest.
+    fn give_back(&mut self, active: &mut Activation) -> Result<(), DeviceError> {
+        self.worker.acknowledge();
+        let mut any = false;
+        while let Some(done) = self.worker.finished() {
+            self.in_flight -= 1;
+            self.complete(done, active)?;
+            any = true;
+        }
+        self.interrupt(active, any)
+    }
+
+    /// Runs `work` on the activation, which is out of its place meanwhile.
+    fn with_active(
+        &mut self,
+        work: impl FnOnce(&mut Self, &mut Activation) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some(mut active) = self.active.take() else {
+            return Ok(());
+        };
+        let done = work(self, &mut active);
+        self.active = Some(active);
+        done
+    }
+}
+
+/// Whole sectors of a file or a block device.
+fn capacity(mut file: &File) -> Result<u64, BlockError> {
+    file.seek(SeekFrom::End(0))
+        .map(|bytes| bytes / SECTOR)
+        .map_err(BlockError::Size)
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let common = bits(&[
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+        ]);
+        let own = if self.read_only {
+            bits(&[VIRTIO_BLK_F_RO])
+        } else {
+            bits(&[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES])
+        };
+        common | own
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (to, from) in data.iter_mut().zip(self.config().into_iter().skip(skip)) {
+            *to = from;
+        }
+    }
+
+    fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn queue_event(&mut self, _queue: usize) -> Result<(), DeviceError> {
+        self.with_active(Self::take_requests)
+    }
+
+    fn sources(&self) -> Vec<(RawFd, EventSet, u16)> {
+        vec![(self.worker.ready_fd(), EventSet::IN, 0)]
+    }
+
+    fn source_event(&mut self, _token: u16, _set: EventSet) -> Result<(), DeviceError> {
+        self.with_active(Self::give_back)
+    }
+
+    fn reset(&mut self) {
+        self.worker.cancel();
+        self.in_flight = 0;
+        self.active = None;
+        // The next driver sees the file as it is now; where its size can't be told, the old one stays.
+        if let Some(Ok(sectors)) = self.file.as_deref().map(capacity) {
+            self.sectors = sectors;
+        }
+    }
+
+    /// Another file, or none, becomes the content; requests in flight finish on the old one. The guest sees the
+    /// capacity change.
+    fn set_backend(&mut self, backend: Option<OwnedFd>) -> Result<(), DeviceError> {
+        self.point(backend).map_err(DeviceError::fatal)?;
+        if let Some(active) = &self.active {
+            active.interrupt.signal_config();
+        }
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("requests", self.counters.requests),
+            ("failed", self.counters.failed),
+        ]
+    }
+}
+
+fn bits(numbers: &[u32]) -> u64 {
+    numbers.iter().fold(0, |all, bit| all | 1 << bit)
+}
