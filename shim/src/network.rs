@@ -14,6 +14,9 @@
 
 mod guest;
 mod tap;
+mod watch;
+
+pub use watch::watch;
 
 use coffer_proto::agent;
 use coffer_proto::limits::MAX_NICS;
@@ -85,6 +88,26 @@ pub async fn attach(netns: &Path, known: &[String]) -> Result<Vec<Nic>, NetworkE
             }
         }
         nics
+    })
+    .await
+}
+
+/// What the guest's interfaces of these names should look like now.
+pub async fn describe(
+    netns: &Path,
+    names: &[String],
+) -> Result<Vec<agent::Interface>, NetworkError> {
+    let names = names.to_vec();
+    within(netns, move |handle| async move {
+        let mut interfaces = Vec::new();
+        for link in pod_links(&handle)
+            .await?
+            .iter()
+            .filter(|link| names.contains(&name_of(link)))
+        {
+            interfaces.push(guest::describe(&handle, link).await?);
+        }
+        Ok(interfaces)
     })
     .await
 }
@@ -238,6 +261,16 @@ where
         let _ = done.send(enter_and_run(&path, work));
     });
     result.await.map_err(|_| NetworkError::Thread)?
+}
+
+/// Moves the calling thread into a network namespace, for good.
+fn enter(path: &Path) -> Result<(), NetworkError> {
+    let fail = |source| NetworkError::Enter {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(fail)?;
+    setns(&file, CloneFlags::CLONE_NEWNET).map_err(|e| fail(e.into()))
 }
 
 fn enter_and_run<T, W, F>(path: &Path, work: W) -> Result<T, NetworkError>

@@ -148,3 +148,18 @@ async fn a_namespace_that_is_not_there_is_named() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn changes_of_the_namespace_are_noticed() {
+    let netns = Netns::new("watch");
+    let mut changes = watch(&netns.path());
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    ip(&format!("-n {} addr add 10.77.0.3/24 dev eth0", netns.name));
+    let seen = tokio::time::timeout(std::time::Duration::from_secs(10), changes.recv()).await;
+    assert_eq!(seen.unwrap(), Some(()));
+    let now = describe(&netns.path(), &["eth0".to_owned()]).await.unwrap();
+    assert!(
+        now[0].addresses.iter().any(|a| a.ip == "10.77.0.3"),
+        "{now:?}"
+    );
+}
