@@ -27,6 +27,8 @@ const MAX_ANSWER: usize = 8;
 #[derive(Debug)]
 pub(super) struct Backend {
     socket: OwnedFd,
+    /// SET_OWNER was said, which the protocol allows once.
+    owner: bool,
     /// Every request asks for an answer (REPLY_ACK was negotiated).
     acknowledged: bool,
     deadline: Instant,
@@ -36,6 +38,7 @@ impl Backend {
     pub(super) fn new(socket: OwnedFd) -> Self {
         Self {
             socket,
+            owner: false,
             acknowledged: false,
             deadline: Instant::now(),
         }
@@ -46,34 +49,33 @@ impl Backend {
         self.deadline = Instant::now() + limit;
     }
 
-    /// Becomes the owner of the session and settles the features: `wanted` of virtio, REPLY_ACK of the protocol.
+    /// Settles the features: `wanted` of virtio and, with `protocol` the bit that stands for it, REPLY_ACK of the
+    /// protocol. The first time this also takes the session.
     pub(super) fn negotiate(&mut self, wanted: u64, protocol: u64) -> Result<(), FsError> {
-        self.command(FrontendReq::SET_OWNER, &[], &[])?;
-        let offered = self.query_u64(FrontendReq::GET_FEATURES)?;
-        if offered & wanted != wanted {
-            return Err(FsError::Features {
-                offered,
-                needed: wanted,
-            });
+        if !self.owner {
+            self.command(FrontendReq::SET_OWNER, &[], &[])?;
+            self.owner = true;
         }
-        // SET_FEATURES with PROTOCOL_FEATURES is what makes SET_VRING_ENABLE meaningful.
+        let offered = self.query_u64(FrontendReq::GET_FEATURES)?;
+        let needed = wanted | protocol;
+        if offered & needed != needed {
+            return Err(FsError::Features { offered, needed });
+        }
+        if !self.acknowledged {
+            let extensions = self.query_u64(FrontendReq::GET_PROTOCOL_FEATURES)?;
+            let reply_ack = VhostUserProtocolFeatures::REPLY_ACK.bits() & extensions;
+            self.command(
+                FrontendReq::SET_PROTOCOL_FEATURES,
+                VhostUserU64::new(reply_ack).as_slice(),
+                &[],
+            )?;
+            self.acknowledged = reply_ack != 0;
+        }
         self.command(
             FrontendReq::SET_FEATURES,
-            VhostUserU64::new(wanted | protocol).as_slice(),
+            VhostUserU64::new(needed).as_slice(),
             &[],
-        )?;
-        if self.acknowledged || offered & protocol == 0 {
-            return Ok(());
-        }
-        let extensions = self.query_u64(FrontendReq::GET_PROTOCOL_FEATURES)?;
-        let reply_ack = VhostUserProtocolFeatures::REPLY_ACK.bits() & extensions;
-        self.command(
-            FrontendReq::SET_PROTOCOL_FEATURES,
-            VhostUserU64::new(reply_ack).as_slice(),
-            &[],
-        )?;
-        self.acknowledged = reply_ack != 0;
-        Ok(())
+        )
     }
 
     /// Tells where guest memory is; `files` holds the memory file of each region.

@@ -8,7 +8,7 @@
 //! queue 0  hiprio    FORGET and INTERRUPT, which must not wait behind others
 //! queue 1  request   everything else
 //!
-//! at DRIVER_OK:  SET_OWNER, GET_FEATURES, SET_FEATURES, GET/SET_PROTOCOL_FEATURES (REPLY_ACK), SET_MEM_TABLE,
+//! at DRIVER_OK:  SET_OWNER, GET_FEATURES, GET/SET_PROTOCOL_FEATURES (REPLY_ACK), SET_FEATURES, SET_MEM_TABLE,
 //!                per queue SET_VRING_NUM, _ADDR, _BASE, _CALL, _KICK, _ENABLE
 //! at a reset:    per queue GET_VRING_BASE, which stops it
 //! ```
@@ -17,6 +17,9 @@
 
 mod backend;
 mod device;
+
+#[cfg(test)]
+mod tests;
 
 pub use device::Fs;
 
