@@ -16,6 +16,7 @@
 pub mod cgroup;
 pub mod check;
 pub mod config;
+pub mod containerd;
 pub mod image;
 pub mod machine;
 pub mod mount_points;
