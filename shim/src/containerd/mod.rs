@@ -1,3 +1,4 @@
 //! containerd's way to start and stop us: `containerd-shim-coffer-v2 start`, `delete`, `-info` and `-v`.
 
 pub mod bootstrap;
+pub mod publisher;
