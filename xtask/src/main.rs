@@ -1,16 +1,23 @@
 //! `cargo xtask`: the one command to set up, build, show, test and measure Coffer.
 
+mod assets;
 mod build;
 mod cache;
 mod image;
+mod node;
 mod process;
 mod project;
 mod setup;
 mod step;
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::Parser;
 
+use crate::node::Node;
 use crate::project::Project;
 
 /// Develop Coffer: set up the machine, build, demo, test, measure.
@@ -21,12 +28,34 @@ enum Command {
     Setup,
     /// Compile the product and assemble it in <target>/coffer
     Build,
+    /// Run a command in a fresh copy of the test node, which has a real /dev/kvm
+    Node {
+        /// Directory that the command sees, read-only, as /coffer
+        #[arg(long)]
+        share: Option<PathBuf>,
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let project = Project::locate()?;
     match Command::parse() {
-        Command::Setup => setup::run(&project),
-        Command::Build => build::run(&project).map(drop),
+        Command::Setup => setup::run(&project)?,
+        Command::Build => drop(build::run(&project)?),
+        Command::Node { share, command } => return node(&project, share.as_deref(), &command),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn node(project: &Project, share: Option<&Path>, command: &[OsString]) -> Result<ExitCode> {
+    let node = Node::get(project)?;
+    let dir = tempfile::tempdir()?;
+    let image = dir.path().join("share");
+    if let Some(share) = share {
+        node::share_disk(share, &image)?;
+    }
+    let status = node.run(share.map(|_| image.as_path()), command, &[])?;
+    Ok(ExitCode::from(status))
 }

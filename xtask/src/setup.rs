@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::image;
+use crate::node::Node;
 use crate::process;
 use crate::project::Project;
 use crate::step::step;
@@ -54,6 +55,7 @@ pub fn run(project: &Project) -> Result<()> {
     ensure_qemu()?;
     nextest()?;
     image::kernel(project)?;
+    Node::get(project)?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@ mod cpio;
 mod kernel;
 mod manifest;
 
+pub use cpio::Cpio;
 pub use kernel::{Kernel, SOURCE_PACKAGE};
 
 use std::fs;
@@ -11,7 +12,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::image::cpio::Cpio;
 use crate::image::manifest::{File, Manifest};
 use crate::project::Project;
 

@@ -1,0 +1,66 @@
+//! The node's root file system: a small Debian with what tests compare with and what the benchmarks run.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::assets::{SUITE, debootstrap};
+use crate::cache::{Key, remove_tree};
+use crate::node::{erofs, kernel};
+use crate::project::Project;
+
+/// Changes when the code here or in `kernel` makes something else of the same input.
+const RECIPE: &str = "1";
+const PACKAGES: [&str; 12] = [
+    "busybox-static",
+    "e2fsprogs",
+    "iproute2",
+    "iputils-ping",
+    "kmod",
+    "nftables",
+    "procps",
+    // For the benchmarks, which compare with it.
+    "qemu-system-x86",
+    "runc",
+    "socat",
+    "strace",
+    "util-linux",
+];
+const INIT: &[u8] = include_bytes!("init");
+const INITRAMFS_INIT: &[u8] = include_bytes!("initramfs-init");
+
+/// The directory with `vmlinuz`, `initrd` and `root.erofs`.
+pub fn get(project: &Project) -> Result<PathBuf> {
+    let key = Key::default()
+        .add("recipe", RECIPE)
+        .add("suite", SUITE)
+        .add("packages", PACKAGES.join(" "))
+        .add("modules", kernel::MODULES.join(" "))
+        .add("init", INIT)
+        .add("initramfs-init", INITRAMFS_INIT);
+    project.cache.get(
+        "node",
+        &key,
+        "make the test node's root file system (about 3 min)",
+        make,
+    )
+}
+
+fn make(dir: &Path) -> Result<()> {
+    let root = dir.join("root");
+    debootstrap(&root, &PACKAGES)?;
+    let release = kernel::install(&root, &dir.join("vmlinuz"))?;
+    fs::write(
+        dir.join("initrd"),
+        kernel::initrd(&root, &release, INITRAMFS_INIT)?,
+    )
+    .context("write the node's initrd")?;
+    let init = root.join("usr/lib/node/init");
+    fs::create_dir_all(root.join("usr/lib/node"))?;
+    fs::write(&init, INIT).with_context(|| format!("write {}", init.display()))?;
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+    erofs(&root, &dir.join("root.erofs"))?;
+    remove_tree(&root)
+}
