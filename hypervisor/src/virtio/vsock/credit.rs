@@ -1,0 +1,81 @@
+//! Flow control of one connection (virtio 1.2, 5.10.6.3).
+//!
+//! All counts are of bytes since the connection began, modulo 2^32; only their differences mean anything.
+
+use super::Header;
+use super::limits::{BUFFER, CREDIT_THRESHOLD};
+
+/// Both directions of one connection's flow control.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Credit {
+    /// The guest's buffer space.
+    peer_space: u32,
+    /// What the guest has consumed of what we sent.
+    peer_consumed: u32,
+    /// What we sent.
+    sent: u32,
+    /// What the guest sent.
+    received: u32,
+    /// What we passed on of that.
+    consumed: u32,
+    /// The last `consumed` that the guest was told.
+    told: u32,
+}
+
+/// The guest sent more than the space it was told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the guest sent beyond its credit")]
+pub struct OverCredit;
+
+impl Credit {
+    /// Takes over what a packet of the guest says about its buffer.
+    ///
+    /// A `fwd_cnt` that lies before the one known, or beyond what was sent, is ignored: Linux may queue two packets
+    /// in the other order than it counted them, so it is no reason for a reset, and believing it would overrun or stall.
+    pub fn learn(&mut self, header: &Header) {
+        self.peer_space = header.buf_alloc;
+        let advance = header.fwd_cnt.wrapping_sub(self.peer_consumed);
+        if advance <= self.sent.wrapping_sub(self.peer_consumed) {
+            self.peer_consumed = header.fwd_cnt;
+        }
+    }
+
+    /// Bytes the guest has room for.
+    pub fn available(&self) -> u32 {
+        self.peer_space
+            .saturating_sub(self.sent.wrapping_sub(self.peer_consumed))
+    }
+
+    /// We sent `length` bytes.
+    pub fn send(&mut self, length: u32) {
+        self.sent = self.sent.wrapping_add(length);
+    }
+
+    /// The guest sent `length` bytes.
+    pub fn receive(&mut self, length: u32) -> Result<(), OverCredit> {
+        let held = self.received.wrapping_sub(self.consumed);
+        if length > BUFFER - held {
+            return Err(OverCredit);
+        }
+        self.received = self.received.wrapping_add(length);
+        Ok(())
+    }
+
+    /// The host took `length` bytes of what the guest sent. At most as many as are held.
+    pub fn consume(&mut self, length: u32) {
+        debug_assert!(length <= self.received.wrapping_sub(self.consumed));
+        self.consumed = self.consumed.wrapping_add(length);
+    }
+
+    /// Whether the guest believes in so little room that it should hear of what was freed.
+    pub fn update_is_due(&self) -> bool {
+        let believed = BUFFER - self.received.wrapping_sub(self.told);
+        self.told != self.consumed && believed < CREDIT_THRESHOLD
+    }
+
+    /// `buf_alloc` and `fwd_cnt` for a packet that goes to the guest now.
+    pub fn tell(&mut self) -> (u32, u32) {
+        self.told = self.consumed;
+        (BUFFER, self.consumed)
+    }
+}
