@@ -3,12 +3,15 @@
 mod assets;
 mod build;
 mod cache;
+mod demo;
 mod image;
+mod lint;
 mod node;
 mod process;
 mod project;
 mod setup;
 mod step;
+mod test;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -28,6 +31,18 @@ enum Command {
     Setup,
     /// Compile the product and assemble it in <target>/coffer
     Build,
+    /// Set up, build, and run a container in a microVM
+    Demo,
+    /// Check formatting, lints, dependency versions
+    Lint,
+    /// Run all tests: unit tests, then the end-to-end suite with QEMU here and with coffer-vmm in the test node
+    Test(test::Arguments),
+    /// Run one test program in the test node (the runner that `test` gives to nextest)
+    #[command(hide = true)]
+    NodeTest {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Run a command in a fresh copy of the test node, which has a real /dev/kvm
     Node {
         /// Directory that the command sees, read-only, as /coffer
@@ -44,6 +59,10 @@ fn main() -> Result<ExitCode> {
     match Command::parse() {
         Command::Setup => setup::run(&project)?,
         Command::Build => drop(build::run(&project)?),
+        Command::Demo => return demo::run(&project),
+        Command::Lint => lint::run(&project)?,
+        Command::Test(arguments) => test::run(&project, &arguments)?,
+        Command::NodeTest { command } => return test::run_in_node(&project, &command),
         Command::Node { share, command } => return node(&project, share.as_deref(), &command),
     }
     Ok(ExitCode::SUCCESS)

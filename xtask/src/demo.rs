@@ -1,0 +1,34 @@
+//! `cargo xtask demo`: from a fresh machine to the output of a container in a microVM.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+use crate::project::Project;
+use crate::{assets, build, setup};
+
+/// What the container prints: the guest's kernel, its own host name, and itself as process 1.
+const SCRIPT: &str = r#"echo "kernel    $(uname -r)"; echo "hostname  $(hostname)"; echo "processes"; ps -o pid,args"#;
+/// The container's exit code, to show that it arrives.
+const EXIT_CODE: u8 = 42;
+
+pub fn run(project: &Project) -> Result<ExitCode> {
+    setup::run(project)?;
+    let product = build::run(project)?;
+    let image = assets::get(project)?.join("busybox-layout");
+    let mut coffer = Command::new(product.join("coffer"));
+    coffer
+        .args(["run", "--name", "demo", "--hostname", "demo", "--timings"])
+        .arg(image);
+    coffer
+        .args(["--", "sh", "-c"])
+        .arg(format!("{SCRIPT}; exit {EXIT_CODE}"));
+    eprintln!("--> coffer run: a container in a microVM");
+    let status = coffer.status().context("start coffer")?;
+    eprintln!("--> the container's exit code arrived: {status}");
+    let code = status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX);
+    Ok(ExitCode::from(code))
+}
