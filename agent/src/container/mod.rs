@@ -16,22 +16,61 @@
 //! Both the stage and the processes it clones are children of the agent, which has to reap every child it has: no
 //! function of this module waits for one.
 
-use std::os::fd::OwnedFd;
+mod capabilities;
+mod cgroup;
+mod console;
+mod device_filter;
+mod devices;
+mod failure;
+mod hooks;
+mod mount_api;
+mod mounts;
+mod namespaces;
+mod options;
+mod process;
+mod resources;
+mod root;
+mod rootfs;
+mod seccomp;
+mod stage;
+mod stat;
+mod validate;
+mod wire;
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
 
 use coffer_proto::agent::StatContainerResponse;
 use coffer_proto::ids::ContainerId;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxPersonality, LinuxResources, LinuxSeccomp, Process, Spec};
+
+use cgroup::{CGROUP_ROOT, Cgroup};
+use failure::{Failure, at};
+use wire::{ExecTask, FdName, Report, Task, Work};
+
+pub use validate::parse;
+
+/// `argv[0]` of the stage.
+pub const STAGE_NAME: &str = "coffer-init-stage";
+
+/// The set-up of a process takes milliseconds; hooks have what their own timeouts allow and this much for the rest.
+const SETUP_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What to do with the standard streams of a process.
 #[derive(Debug)]
 pub enum ChildStdio {
     /// Inherited as they are; `None` is /dev/null.
-    Streams {
-        stdin: Option<OwnedFd>,
-        stdout: Option<OwnedFd>,
-        stderr: Option<OwnedFd>,
-    },
+    Streams { stdin: Option<OwnedFd>, stdout: Option<OwnedFd>, stderr: Option<OwnedFd> },
     /// A new pseudo-terminal of the container's own devpts, of this size; its master comes back in [`Started`].
     Terminal { rows: u16, columns: u16 },
 }
@@ -73,94 +112,280 @@ pub struct Started {
     pub pid: Pid,
     /// The master of the process's terminal.
     pub terminal: Option<OwnedFd>,
+    socket: UnixStream,
 }
 
 impl Started {
-    /// Lets the process run its program. Blocks until that has happened or failed ([`Error::Exec`]).
+    /// Lets the process run its program. Blocks until that has happened or failed ([`Error::Exec`]), and as long as
+    /// the `startContainer` hooks take. A process that was killed meanwhile counts as started.
     pub fn release(self) -> Result<(), Error> {
-        unimplemented!()
+        let step = || format!("start process {}", self.pid);
+        match (&self.socket).write_all(&[wire::GO]) {
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(at(step())(error).into()),
+            _ => {}
+        }
+        self.socket.set_read_timeout(None).map_err(at(step()))?;
+        match wire::receive(&self.socket) {
+            Ok(None) => Ok(()),
+            Ok(Some((Report::Failed(failure), _))) => Err(failure.into()),
+            Ok(Some((report, _))) => Err(Failure::new(step(), format!("unexpected {report:?}")).into()),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+            Err(error) => Err(at(step())(error).into()),
+        }
     }
 }
 
-/// A container, from creation until [`Container::delete`].
+/// A container, from its creation to [`Container::delete`].
 #[derive(Debug)]
-pub struct Container {}
-
-/// Parses the JSON of an OCI object and refuses fields that this build doesn't know.
-pub fn parse<T: serde::de::DeserializeOwned + serde::Serialize>(_json: &[u8]) -> Result<T, Error> {
-    unimplemented!()
+pub struct Container {
+    id: ContainerId,
+    cgroup: Cgroup,
+    /// The device program, to be replaced by an update.
+    devices: Mutex<OwnedFd>,
+    init: Pid,
+    pidfd: OwnedFd,
+    /// `CLONE_NEW*` that a further process joins, besides PID.
+    namespaces: i32,
+    seccomp: Option<LinuxSeccomp>,
+    personality: Option<LinuxPersonality>,
 }
 
 /// Creates a container up to the point before its process runs the user's program.
 pub fn create(
-    _id: &ContainerId,
-    _spec: &Spec,
-    _stdio: ChildStdio,
-    _pod: &SharedNamespaces,
+    id: &ContainerId,
+    spec: &Spec,
+    stdio: ChildStdio,
+    pod: &SharedNamespaces,
 ) -> Result<(Container, Started), Error> {
-    unimplemented!()
+    validate::spec(id.as_str(), spec, pod)?;
+    let cgroup = Cgroup::create(id)?;
+    match create_in(&cgroup, id, spec, stdio, pod) {
+        Ok((devices, born)) => {
+            let linux = spec.linux().as_ref();
+            let container = Container {
+                id: id.clone(),
+                cgroup,
+                devices: Mutex::new(devices),
+                init: born.started.pid,
+                pidfd: born.pidfd,
+                namespaces: born.namespaces,
+                seccomp: linux.and_then(|linux| linux.seccomp().clone()),
+                personality: linux.and_then(|linux| linux.personality().clone()),
+            };
+            Ok((container, born.started))
+        }
+        Err(failure) => {
+            // The first failure is the one to tell.
+            let _ = cgroup.remove();
+            Err(failure.into())
+        }
+    }
+}
+
+fn create_in(
+    cgroup: &Cgroup,
+    id: &ContainerId,
+    spec: &Spec,
+    stdio: ChildStdio,
+    pod: &SharedNamespaces,
+) -> Result<(OwnedFd, Born), Failure> {
+    let limits = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    if let Some(limits) = limits {
+        resources::apply(cgroup, limits)?;
+    }
+    let devices = install_device_rules(cgroup, limits, None)?;
+    let shared = [
+        (FdName::Ipc, &pod.ipc),
+        (FdName::Uts, &pod.uts),
+        (FdName::Net, &pod.net),
+        (FdName::Pid, &pod.pid),
+    ];
+    let shared = shared.into_iter().filter_map(|(name, fd)| Some((name, fd.as_ref()?.as_fd())));
+    let mut fds: Vec<_> = shared.collect();
+    fds.push((FdName::Cgroup, cgroup.fd()));
+    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
+    let seconds = hooks.into_iter().flatten().map(|hook| hook.timeout().unwrap_or(0)).sum::<i64>();
+    let deadline = SETUP_DEADLINE + Duration::from_secs(seconds.unsigned_abs());
+    let born = run_stage(id, Task::Create(Box::new(spec.clone())), stdio, &fds, deadline)?;
+    Ok((devices, born))
+}
+
+fn install_device_rules(
+    cgroup: &Cgroup,
+    limits: Option<&LinuxResources>,
+    old: Option<&OwnedFd>,
+) -> Result<OwnedFd, Failure> {
+    let rules = limits.and_then(|limits| limits.devices().as_ref());
+    let rules: Vec<_> =
+        rules.into_iter().flatten().filter_map(|rule| device_filter::rule(rule).ok()).collect();
+    device_filter::install(cgroup.fd(), &rules, old)
+}
+
+/// A process that the stage has made.
+struct Born {
+    started: Started,
+    pidfd: OwnedFd,
+    namespaces: i32,
+}
+
+/// Runs a stage until its process waits to be started.
+fn run_stage(
+    id: &ContainerId,
+    task: Task,
+    stdio: ChildStdio,
+    fds: &[(FdName, BorrowedFd<'_>)],
+    deadline: Duration,
+) -> Result<Born, Failure> {
+    let (socket, theirs) = UnixStream::pair().map_err(at("make the stage's socket"))?;
+    socket.set_read_timeout(Some(deadline)).map_err(at("set the stage's deadline"))?;
+    Command::new("/proc/self/exe")
+        .arg0(STAGE_NAME)
+        .env_clear()
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .map_err(at("run the stage"))?;
+    send_work(&socket, id, task, stdio, fds)?;
+    let (report, mut pidfd) = next_report(&socket, "clone the process")?;
+    let Report::Cloned { pid, namespaces } = report else {
+        return Err(Failure::new("clone the process", format!("unexpected {report:?}")));
+    };
+    let pidfd = pidfd.pop().ok_or_else(|| Failure::new("clone the process", "no pidfd came"))?;
+    let (report, mut terminal) = next_report(&socket, "set up the process")?;
+    let Report::Ready = report else {
+        return Err(Failure::new("set up the process", format!("unexpected {report:?}")));
+    };
+    let started = Started { pid: Pid::from_raw(pid), terminal: terminal.pop(), socket };
+    Ok(Born { started, pidfd, namespaces })
+}
+
+fn send_work(
+    socket: &UnixStream,
+    id: &ContainerId,
+    task: Task,
+    stdio: ChildStdio,
+    fds: &[(FdName, BorrowedFd<'_>)],
+) -> Result<(), Failure> {
+    let (streams, stdio) = match stdio {
+        ChildStdio::Streams { stdin, stdout, stderr } => {
+            ([stdin, stdout, stderr], wire::Stdio::Streams)
+        }
+        ChildStdio::Terminal { rows, columns } => {
+            ([None, None, None], wire::Stdio::Terminal { rows, columns })
+        }
+    };
+    let names = [FdName::Stdin, FdName::Stdout, FdName::Stderr];
+    let streams = names.into_iter().zip(&streams);
+    let streams = streams.filter_map(|(name, fd)| Some((name, fd.as_ref()?.as_fd())));
+    let (names, fds): (Vec<_>, Vec<_>) = streams.chain(fds.iter().copied()).unzip();
+    let work = Work { fds: names, id: id.to_string(), stdio, task };
+    wire::send(socket, &work, &fds).map_err(at("send the stage its work"))
+}
+
+fn next_report(socket: &UnixStream, step: &str) -> Result<(Report, Vec<OwnedFd>), Failure> {
+    match wire::receive(socket).map_err(at(step))? {
+        Some((Report::Failed(failure), _)) => Err(failure),
+        Some(report) => Ok(report),
+        None => Err(Failure::new(step, "it ended without a word; killed for memory, perhaps")),
+    }
 }
 
 /// What the agent's executable does when its `argv[0]` is [`STAGE_NAME`].
 pub fn stage_main() -> ! {
-    unimplemented!()
+    stage::main()
 }
 
-/// `argv[0]` of the stage.
-pub const STAGE_NAME: &str = "coffer-init-stage";
-
 /// Gives the agent a root that `pivot_root(2)` can leave, which an initramfs is not. The first thing PID 1 does,
-/// before it mounts anything; no-op elsewhere.
+/// before it mounts anything.
 pub fn leave_initramfs() -> Result<(), Error> {
-    unimplemented!()
+    Ok(rootfs::leave_initramfs()?)
 }
 
 impl Container {
     /// Prepares another process in the container.
-    pub fn exec(&self, _process: &Process, _stdio: ChildStdio) -> Result<Started, Error> {
-        unimplemented!()
+    pub fn exec(&self, process: &Process, stdio: ChildStdio) -> Result<Started, Error> {
+        validate::process(process, "")?;
+        if self.cgroup.is_frozen()? {
+            return Err(Failure::new("exec", "the container is paused").into());
+        }
+        let nested = self.nested_cgroup()?;
+        let cgroup = nested.as_ref().map_or(self.cgroup.fd(), AsFd::as_fd);
+        let task = ExecTask {
+            process: process.clone(),
+            namespaces: self.namespaces,
+            seccomp: self.seccomp.clone(),
+            personality: self.personality.clone(),
+        };
+        let fds = [(FdName::Cgroup, cgroup), (FdName::Init, self.pidfd.as_fd())];
+        let task = Task::Exec(Box::new(task));
+        Ok(run_stage(&self.id, task, stdio, &fds, SETUP_DEADLINE)?.started)
+    }
+
+    /// A container that manages cgroups of its own has handed out its controllers, and then no process may be in its
+    /// uppermost one: a further process goes where its init is.
+    fn nested_cgroup(&self) -> Result<Option<OwnedFd>, Failure> {
+        let handed_out = self.cgroup.read("cgroup.subtree_control")?.unwrap_or_default();
+        if handed_out.trim().is_empty() {
+            return Ok(None);
+        }
+        let step = format!("find the cgroup of process {}", self.init);
+        let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init)).map_err(at(&*step))?;
+        let path = text.trim().strip_prefix("0::/").unwrap_or_default();
+        if Path::new(path).components().next().map(|c| c.as_os_str()) != Some(self.id.as_str().as_ref()) {
+            return Err(Failure::new(step, format!("{path:?} is not the container's")));
+        }
+        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        nix::fcntl::open(&Path::new(CGROUP_ROOT).join(path), flags, Mode::empty())
+            .map(Some)
+            .map_err(at(step))
     }
 
     /// Freezes all processes; returns when they are frozen.
     pub fn pause(&self) -> Result<(), Error> {
-        unimplemented!()
+        Ok(self.cgroup.freeze(true)?)
     }
 
     pub fn resume(&self) -> Result<(), Error> {
-        unimplemented!()
+        Ok(self.cgroup.freeze(false)?)
     }
 
     /// Applies new limits; fields that are absent stay as they are.
-    pub fn update(&self, _resources: &LinuxResources) -> Result<(), Error> {
-        unimplemented!()
+    pub fn update(&self, limits: &LinuxResources) -> Result<(), Error> {
+        validate::resources(limits, "")?;
+        resources::apply(&self.cgroup, limits)?;
+        if limits.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+            let mut program = self.devices.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            *program = install_device_rules(&self.cgroup, Some(limits), Some(&program))?;
+        }
+        Ok(())
     }
 
     pub fn stat(&self) -> Result<StatContainerResponse, Error> {
-        unimplemented!()
+        Ok(stat::stat(&self.cgroup)?)
     }
 
     /// All processes of the container, in the agent's PID namespace.
     pub fn pids(&self) -> Result<Vec<Pid>, Error> {
-        unimplemented!()
+        Ok(self.cgroup.pids()?)
     }
 
     /// SIGKILL to every process, also in a paused container.
     pub fn kill_all(&self) -> Result<(), Error> {
-        unimplemented!()
+        Ok(self.cgroup.kill()?)
     }
 
     /// An inotify descriptor, non-blocking, that becomes readable when [`Container::oom_kills`] may have changed.
     pub fn oom_events(&self) -> Result<OwnedFd, Error> {
-        unimplemented!()
+        Ok(self.cgroup.watch_memory_events()?)
     }
 
     /// How many processes the kernel has killed for memory in this container.
     pub fn oom_kills(&self) -> Result<u64, Error> {
-        unimplemented!()
+        Ok(self.cgroup.value("memory.events", "oom_kill")?)
     }
 
-    /// Kills what is left and removes the cgroup. Does nothing the second time.
+    /// Kills what is left and removes the cgroup. Does nothing the second time. The container's mounts went with its
+    /// last process.
     pub fn delete(&self) -> Result<(), Error> {
-        unimplemented!()
+        Ok(self.cgroup.remove()?)
     }
 }

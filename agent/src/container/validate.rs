@@ -1,0 +1,450 @@
+//! Every field of the OCI spec is honoured or refused by its JSON name; nothing is dropped silently.
+//!
+//! This is where a spec enters the agent. What passes here can still fail in the kernel, with the step named.
+
+use std::collections::HashSet;
+use std::path::{Component, Path};
+
+use oci_spec::runtime::{
+    Linux, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
+    Spec,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::mounts::{Kind, Source};
+use super::{Error, SharedNamespaces, capabilities, device_filter, options, process};
+
+/// `utsname` has no room for more.
+const MAX_HOST_NAME: usize = 64;
+/// Linux's lookup of one path.
+const MAX_PATH: usize = 4096;
+
+type Result<T = ()> = std::result::Result<T, Error>;
+
+/// For a field that can't be honoured.
+pub fn refuse<T>(field: impl Into<String>, reason: impl Into<String>) -> Result<T> {
+    Err(Error::Refused { field: field.into(), reason: reason.into() })
+}
+
+/// Refuses fields which are there and say something.
+fn refuse_present(fields: &[(&str, bool)], reason: &str) -> Result {
+    match fields.iter().find(|(_, present)| *present) {
+        Some((field, _)) => refuse(*field, reason),
+        None => Ok(()),
+    }
+}
+
+/// Parses the JSON of an OCI object and refuses keys that this build doesn't know.
+pub fn parse<T: DeserializeOwned + Serialize>(json: &[u8]) -> Result<T> {
+    let given: Value = serde_json::from_slice(json)
+        .or_else(|error| refuse("JSON", error.to_string()))?;
+    let parsed: T = serde_path_to_error::deserialize(&given).or_else(|error| {
+        refuse(error.path().to_string(), error.inner().to_string())
+    })?;
+    let known = serde_json::to_value(&parsed).or_else(|e| refuse("JSON", e.to_string()))?;
+    match unknown_key(&given, &known) {
+        Some(path) => refuse(path, "is not known"),
+        None => Ok(parsed),
+    }
+}
+
+/// The first key of `given` that the parsed object doesn't have.
+fn unknown_key(given: &Value, known: &Value) -> Option<String> {
+    let below = |name: String, rest: String| {
+        let dot = if rest.starts_with('[') || rest.is_empty() { "" } else { "." };
+        format!("{name}{dot}{rest}")
+    };
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => given.iter().find_map(|(key, value)| {
+            match known.get(key) {
+                _ if value.is_null() => None,
+                Some(other) => unknown_key(value, other).map(|rest| below(key.clone(), rest)),
+                None => Some(key.clone()),
+            }
+        }),
+        (Value::Array(given), Value::Array(known)) => {
+            given.iter().zip(known).enumerate().find_map(|(i, (value, other))| {
+                unknown_key(value, other).map(|rest| below(format!("[{i}]"), rest))
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Checks the whole spec of a container.
+pub fn spec(id: &str, spec: &Spec, pod: &SharedNamespaces) -> Result {
+    if spec.version().split('.').next() != Some("1") {
+        return refuse("ociVersion", format!("{:?} is not a 1.x version", spec.version()));
+    }
+    let foreign = [
+        ("solaris", spec.solaris().is_some()),
+        ("windows", spec.windows().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ];
+    refuse_present(&foreign, "belongs to another platform")?;
+    let Some(root) = spec.root() else { return refuse("root", "is missing") };
+    path("root.path", root.path())?;
+    if !matches!(Source::of(id, root.path()), Some(Source::Share(_))) {
+        let reason = format!("{} is not in this container's share", root.path().display());
+        return refuse("root.path", reason);
+    }
+    for (i, entry) in spec.mounts().iter().flatten().enumerate() {
+        mount(id, i, entry)?;
+    }
+    let Some(block) = spec.process() else { return refuse("process", "is missing") };
+    process(block, "process.")?;
+    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        if name.as_ref().is_some_and(|n| n.len() > MAX_HOST_NAME || n.contains('\0')) {
+            return refuse(field, "is longer than 64 bytes or has a NUL in it");
+        }
+    }
+    hooks(spec)?;
+    match spec.linux() {
+        Some(platform) => linux(id, platform, pod),
+        None => refuse("linux", "is missing"),
+    }
+}
+
+/// A path that the container's root resolves: absolute, and without `..`, which no engine writes.
+fn path(field: impl Into<String>, path: &Path) -> Result {
+    let field = field.into();
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if !path.is_absolute() {
+        return refuse(field, format!("{} is not absolute", path.display()));
+    }
+    if bytes.contains(&0) || bytes.len() >= MAX_PATH {
+        return refuse(field, "has a NUL in it or is longer than 4095 bytes");
+    }
+    if path.components().any(|c| c == Component::ParentDir) {
+        return refuse(field, format!("{} has .. in it", path.display()));
+    }
+    Ok(())
+}
+
+/// Files below /proc over which engines mount an emulation (LXCFS); anything else there could fake the kernel.
+const PROC_FILES: [&str; 9] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/net/dev",
+];
+
+fn mount(id: &str, i: usize, mount: &Mount) -> Result {
+    let field = |name: &str| format!("mounts[{i}].{name}");
+    let destination = mount.destination();
+    path(field("destination"), destination)?;
+    let mapped = [
+        (&*field("uidMappings"), mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())),
+        (&*field("gidMappings"), mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty())),
+    ];
+    refuse_present(&mapped, "ID-mapped mounts are not supported")?;
+    let options = mount.options().as_deref().unwrap_or_default();
+    if options.iter().any(|option| option.contains('\0')) {
+        return refuse(field("options"), "has a NUL in it");
+    }
+    let options = options::parse(options)
+        .or_else(|option| refuse(field("options"), format!("{option:?} is not supported")))?;
+    let Some(kind) = Kind::of(mount, &options) else {
+        let name = mount.typ().as_deref().unwrap_or_default();
+        return refuse(field("type"), format!("{name:?} is not supported"));
+    };
+    if destination == Path::new("/") {
+        return refuse(field("destination"), "is the root, which root.path is for");
+    }
+    let over_proc = destination == Path::new("/proc") && kind != Kind::Proc;
+    let below_proc = destination.starts_with("/proc/");
+    let below_proc = below_proc || (destination.starts_with("/proc") && destination != Path::new("/proc"));
+    let allowed = PROC_FILES.iter().any(|file| destination == Path::new(file));
+    if over_proc || (below_proc && !allowed) {
+        let reason = format!("{} would hide a part of /proc", destination.display());
+        return refuse(field("destination"), reason);
+    }
+    if options.copy_up && kind != Kind::Tmpfs {
+        return refuse(field("options"), "tmpcopyup is for tmpfs");
+    }
+    if let Kind::Bind(_) = kind {
+        let Some(source) = mount.source() else {
+            return refuse(field("source"), "is missing for a bind mount");
+        };
+        path(field("source"), source)?;
+        if Source::of(id, source).is_none() {
+            let reason = format!("{} is not in this container's share", source.display());
+            return refuse(field("source"), reason);
+        }
+    }
+    Ok(())
+}
+
+/// Checks the process block of a container or of a further process; `prefix` is "process." or "".
+pub fn process(process: &Process, prefix: &str) -> Result {
+    let field = |name: &str| format!("{prefix}{name}");
+    let labelled = |label: &Option<String>| {
+        label.as_deref().is_some_and(|l| !l.is_empty() && l != "unconfined")
+    };
+    let unsupported = [
+        (&*field("user.username"), process.user().username().is_some()),
+        (&*field("commandLine"), process.command_line().is_some()),
+        (&*field("apparmorProfile"), labelled(process.apparmor_profile())),
+        (&*field("selinuxLabel"), labelled(process.selinux_label())),
+        (&*field("execCPUAffinity"), process.exec_cpu_affinity().is_some()),
+    ];
+    refuse_present(&unsupported, "is not supported in the guest")?;
+    let args = process.args().as_deref().unwrap_or_default();
+    if args.first().is_none_or(String::is_empty) {
+        return refuse(field("args"), "names no program");
+    }
+    if let Some(i) = args.iter().position(|arg| arg.contains('\0')) {
+        return refuse(field(&format!("args[{i}]")), "has a NUL in it");
+    }
+    let env = process.env().as_deref().unwrap_or_default();
+    if let Some(i) = env.iter().position(|e| e.contains('\0') || e.find('=').is_none_or(|at| at == 0)) {
+        return refuse(field(&format!("env[{i}]")), format!("{:?} is not NAME=VALUE", env[i]));
+    }
+    path(field("cwd"), process.cwd())?;
+    if let Some(size) = process.console_size()
+        && (size.height() > u64::from(u16::MAX) || size.width() > u64::from(u16::MAX))
+    {
+        return refuse(field("consoleSize"), "is larger than 65535");
+    }
+    if process.oom_score_adj().is_some_and(|score| !(-1000..=1000).contains(&score)) {
+        return refuse(field("oomScoreAdj"), "is not between -1000 and 1000");
+    }
+    let mut seen = HashSet::new();
+    for (i, limit) in process.rlimits().iter().flatten().enumerate() {
+        if limit.soft() > limit.hard() {
+            return refuse(field(&format!("rlimits[{i}].soft")), "is above the hard limit");
+        }
+        if !seen.insert(limit.typ().to_string()) {
+            let reason = format!("{} is there twice", limit.typ());
+            return refuse(field(&format!("rlimits[{i}].type")), reason);
+        }
+    }
+    if let Some(set) = process.capabilities() {
+        capabilities::parse(set)
+            .or_else(|(name, reason)| refuse(field(&format!("capabilities.{name}")), reason))?;
+    }
+    process::check_scheduling(process)
+        .or_else(|(name, reason)| refuse(field(name), reason))
+}
+
+#[allow(deprecated, reason = "prestart is deprecated in the OCI spec, but engines still write it")]
+fn hooks(spec: &Spec) -> Result {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let there = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|l| !l.is_empty());
+    let on_the_host = [
+        ("hooks.prestart", there(hooks.prestart())),
+        ("hooks.createRuntime", there(hooks.create_runtime())),
+        ("hooks.poststart", there(hooks.poststart())),
+        ("hooks.poststop", there(hooks.poststop())),
+    ];
+    refuse_present(&on_the_host, "runs on the host, not in the guest")?;
+    for (name, list) in [
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+    ] {
+        for (i, hook) in list.iter().flatten().enumerate() {
+            path(format!("hooks.{name}[{i}].path"), hook.path())?;
+            if hook.timeout().is_some_and(|seconds| seconds <= 0) {
+                return refuse(format!("hooks.{name}[{i}].timeout"), "is not greater than 0");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn linux(id: &str, linux: &Linux, pod: &SharedNamespaces) -> Result {
+    let unsupported = [
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
+        ("linux.mountLabel", linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())),
+        (
+            "linux.personality.flags",
+            linux
+                .personality()
+                .as_ref()
+                .is_some_and(|p| p.flags().as_ref().is_some_and(|f| !f.is_empty())),
+        ),
+    ];
+    refuse_present(&unsupported, "is not supported in the guest")?;
+    namespaces(linux, pod)?;
+    if let Some(cgroup) = linux.cgroups_path()
+        && cgroup.file_name().is_some_and(|name| name != id)
+    {
+        let reason = format!("{} doesn't end in the container's id", cgroup.display());
+        return refuse("linux.cgroupsPath", reason);
+    }
+    if let Some(name) = linux.rootfs_propagation().as_deref().filter(|name| !name.is_empty())
+        && options::propagation(name).is_none()
+    {
+        return refuse("linux.rootfsPropagation", format!("{name:?} is not known"));
+    }
+    for (key, value) in linux.sysctl().iter().flatten() {
+        if !is_namespaced_sysctl(key) || value.contains('\0') {
+            return refuse(format!("linux.sysctl.{key}"), "is not a sysctl of the pod's namespaces");
+        }
+    }
+    let masked = linux.masked_paths().iter().flatten().map(|path| ("linux.maskedPaths", path));
+    let readonly = linux.readonly_paths().iter().flatten().map(|path| ("linux.readonlyPaths", path));
+    for (field, entry) in masked.chain(readonly) {
+        path(field, Path::new(entry))?;
+    }
+    for (i, device) in linux.devices().iter().flatten().enumerate() {
+        path(format!("linux.devices[{i}].path"), device.path())?;
+        super::devices::Device::of_spec(device)
+            .or_else(|reason| refuse(format!("linux.devices[{i}]"), reason))?;
+    }
+    if let Some(filter) = linux.seccomp() {
+        seccomp(filter)?;
+    }
+    match linux.resources() {
+        Some(limits) => resources(limits, "linux.resources."),
+        None => Ok(()),
+    }
+}
+
+fn namespaces(linux: &Linux, pod: &SharedNamespaces) -> Result {
+    let mut seen = HashSet::new();
+    for namespace in linux.namespaces().iter().flatten() {
+        let name = format!("linux.namespaces[{}]", namespace.typ());
+        if !seen.insert(namespace.typ() as u32) {
+            return refuse(name, "is there twice");
+        }
+        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
+            return refuse(format!("{name}.path"), "a namespace of the guest can't be named by path");
+        }
+    }
+    let has = |kind: LinuxNamespaceType| seen.contains(&(kind as u32));
+    if !has(LinuxNamespaceType::Mount) {
+        return refuse("linux.namespaces", "no mount namespace");
+    }
+    if !has(LinuxNamespaceType::Pid) && pod.pid.is_none() {
+        return refuse("linux.namespaces", "no pid namespace, and the pod shares none");
+    }
+    let empty = |list: &Option<Vec<_>>| list.as_ref().is_none_or(Vec::is_empty);
+    let mappings = [
+        ("linux.uidMappings", empty(linux.uid_mappings())),
+        ("linux.gidMappings", empty(linux.gid_mappings())),
+    ];
+    for (field, empty) in mappings {
+        match (has(LinuxNamespaceType::User), empty) {
+            (true, true) => return refuse(field, "is missing for the user namespace"),
+            (false, false) => return refuse(field, "there is no user namespace"),
+            _ => {}
+        }
+    }
+    let offsets = linux.time_offsets().as_ref().filter(|offsets| !offsets.is_empty());
+    if let Some(offsets) = offsets {
+        if !has(LinuxNamespaceType::Time) {
+            return refuse("linux.timeOffsets", "there is no time namespace");
+        }
+        if let Some(clock) = offsets.keys().find(|k| !["monotonic", "boottime"].contains(&k.as_str())) {
+            return refuse(format!("linux.timeOffsets.{clock}"), "is no clock with an offset");
+        }
+    }
+    Ok(())
+}
+
+/// Whether a sysctl belongs to the pod's network or IPC namespace, and so touches nothing else.
+fn is_namespaced_sysctl(key: &str) -> bool {
+    const IPC: [&str; 8] = [
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+    ];
+    // As in sysctl(8), "net/ipv4/ip_forward" is the same key.
+    let key = key.replace('/', ".");
+    let plain = !key.split('.').any(str::is_empty);
+    plain && (key.starts_with("net.") || key.starts_with("fs.mqueue.") || IPC.contains(&&*key))
+}
+
+fn seccomp(filter: &LinuxSeccomp) -> Result {
+    let given = |text: bool| text;
+    let notify = [
+        ("linux.seccomp.listenerPath", given(filter.listener_path().is_some())),
+        ("linux.seccomp.listenerMetadata", filter.listener_metadata().is_some()),
+    ];
+    refuse_present(&notify, "no listener can be reached from the guest")?;
+    if filter.default_action() == LinuxSeccompAction::ScmpActNotify {
+        return refuse("linux.seccomp.defaultAction", "SCMP_ACT_NOTIFY is not supported");
+    }
+    for (i, rule) in filter.syscalls().iter().flatten().enumerate() {
+        if rule.action() == LinuxSeccompAction::ScmpActNotify {
+            let field = format!("linux.seccomp.syscalls[{i}].action");
+            return refuse(field, "SCMP_ACT_NOTIFY is not supported");
+        }
+        if rule.args().iter().flatten().any(|arg| arg.index() > 5) {
+            let field = format!("linux.seccomp.syscalls[{i}].args");
+            return refuse(field, "a system call has arguments 0 to 5");
+        }
+    }
+    Ok(())
+}
+
+/// Checks limits; `prefix` is "linux.resources." or "".
+pub fn resources(resources: &LinuxResources, prefix: &str) -> Result {
+    let field = |name: &str| format!("{prefix}{name}");
+    if let Some(memory) = resources.memory() {
+        let v1 = [
+            (&*field("memory.kernel"), memory.kernel().is_some_and(|v| v > 0)),
+            (&*field("memory.kernelTCP"), memory.kernel_tcp().is_some_and(|v| v > 0)),
+            (&*field("memory.swappiness"), memory.swappiness().is_some()),
+            (&*field("memory.disableOOMKiller"), memory.disable_oom_killer() == Some(true)),
+        ];
+        refuse_present(&v1, "has no equivalent in cgroup v2")?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        let v1 = [
+            (&*field("cpu.realtimeRuntime"), cpu.realtime_runtime().is_some_and(|v| v != 0)),
+            (&*field("cpu.realtimePeriod"), cpu.realtime_period().is_some_and(|v| v != 0)),
+        ];
+        refuse_present(&v1, "has no equivalent in cgroup v2")?;
+    }
+    if let Some(io) = resources.block_io() {
+        let leaf = |weight: Option<u16>| weight.is_some_and(|v| v != 0);
+        let by_device = io.weight_device().iter().flatten().any(|d| leaf(d.leaf_weight()));
+        let v1 = [(&*field("blockIO.leafWeight"), leaf(io.leaf_weight()) || by_device)];
+        refuse_present(&v1, "has no equivalent in cgroup v2")?;
+    }
+    let network = resources.network().as_ref().is_some_and(|n| {
+        n.class_id().is_some_and(|v| v != 0) || n.priorities().as_ref().is_some_and(|p| !p.is_empty())
+    });
+    let rdma = resources.rdma().as_ref().is_some_and(|r| !r.is_empty());
+    refuse_present(
+        &[(&*field("network"), network), (&*field("rdma"), rdma)],
+        "is not supported in the guest",
+    )?;
+    for huge in resources.hugepage_limits().iter().flatten() {
+        if huge.page_size().is_empty() || !huge.page_size().bytes().all(|b| b.is_ascii_alphanumeric()) {
+            return refuse(field("hugepageLimits"), format!("{:?} is no page size", huge.page_size()));
+        }
+    }
+    for (key, value) in resources.unified().iter().flatten() {
+        let name = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        let controller = key.split_once('.').is_some_and(|(c, rest)| !c.is_empty() && !rest.is_empty());
+        if !controller || key.starts_with("cgroup.") || !key.bytes().all(name) || value.contains('\0') {
+            return refuse(field(&format!("unified.{key}")), "is no file of a controller");
+        }
+    }
+    for (i, rule) in resources.devices().iter().flatten().enumerate() {
+        device_filter::rule(rule)
+            .or_else(|reason| refuse(field(&format!("devices[{i}]")), reason))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
