@@ -41,7 +41,8 @@ fn set(
         .flatten()
         .map(|capability| {
             let capability = format!("CAP_{capability}");
-            Capability::from_str(&capability).map_err(|_| (name, format!("{capability} is not known")))
+            Capability::from_str(&capability)
+                .map_err(|_| (name, format!("{capability} is not known")))
         })
         .collect()
 }
@@ -60,10 +61,26 @@ impl Sets {
     /// Sets the other four. Inheritable first, while all is permitted, and ambient last, for it needs both.
     pub fn apply(&self) -> Result<(), Failure> {
         for (step, which, value) in [
-            ("set the inheritable capabilities", CapSet::Inheritable, &self.inheritable),
-            ("set the effective capabilities", CapSet::Effective, &self.effective),
-            ("set the permitted capabilities", CapSet::Permitted, &self.permitted),
-            ("set the ambient capabilities", CapSet::Ambient, &self.ambient),
+            (
+                "set the inheritable capabilities",
+                CapSet::Inheritable,
+                &self.inheritable,
+            ),
+            (
+                "set the effective capabilities",
+                CapSet::Effective,
+                &self.effective,
+            ),
+            (
+                "set the permitted capabilities",
+                CapSet::Permitted,
+                &self.permitted,
+            ),
+            (
+                "set the ambient capabilities",
+                CapSet::Ambient,
+                &self.ambient,
+            ),
         ] {
             caps::set(None, which, value).map_err(failed(step))?;
         }

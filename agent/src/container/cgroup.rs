@@ -54,33 +54,41 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub fn has(&self, file: &str) -> bool {
         nix::sys::stat::fstatat(&self.directory, file, nix::fcntl::AtFlags::empty()).is_ok()
     }
 
     pub fn write(&self, file: &str, value: &str) -> Result<(), Failure> {
-        openat(&self.directory, file, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())
-            .map_err(io::Error::from)
-            .and_then(|fd| File::from(fd).write_all(value.as_bytes()))
-            .map_err(at(format!("write {value:?} to {file} of cgroup {}", self.path.display())))
+        openat(
+            &self.directory,
+            file,
+            OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(io::Error::from)
+        .and_then(|fd| File::from(fd).write_all(value.as_bytes()))
+        .map_err(at(format!(
+            "write {value:?} to {file} of cgroup {}",
+            self.path.display()
+        )))
     }
 
     /// The file's text; `None` where the kernel has no such file.
     pub fn read(&self, file: &str) -> Result<Option<String>, Failure> {
-        let open = openat(&self.directory, file, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+        let open = openat(
+            &self.directory,
+            file,
+            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        );
         let mut text = String::new();
-        match open.map_err(io::Error::from).and_then(|fd| {
-            File::from(fd).take(MAX_FILE).read_to_string(&mut text)
-        }) {
+        match open
+            .map_err(io::Error::from)
+            .and_then(|fd| File::from(fd).take(MAX_FILE).read_to_string(&mut text))
+        {
             Ok(_) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => {
-                Err(at(format!("read {file} of cgroup {}", self.path.display()))(error))
-            }
+            Err(error) => Err(at(format!("read {file} of cgroup {}", self.path.display()))(error)),
         }
     }
 
@@ -102,7 +110,9 @@ impl Cgroup {
 
     /// Whether a freeze was asked for.
     pub fn is_frozen(&self) -> Result<bool, Failure> {
-        Ok(self.read("cgroup.freeze")?.is_some_and(|text| text.trim() == "1"))
+        Ok(self
+            .read("cgroup.freeze")?
+            .is_some_and(|text| text.trim() == "1"))
     }
 
     /// SIGKILL to all processes below, frozen ones too.
@@ -115,8 +125,14 @@ impl Cgroup {
         let mut pids = Vec::new();
         for path in self.tree()? {
             // A cgroup that vanishes meanwhile has no processes, nor has one in threaded mode of its own (EOPNOTSUPP).
-            let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) else { continue };
-            pids.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+            let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) else {
+                continue;
+            };
+            pids.extend(
+                text.lines()
+                    .filter_map(|line| line.parse().ok())
+                    .map(Pid::from_raw),
+            );
         }
         Ok(pids)
     }
@@ -127,14 +143,18 @@ impl Cgroup {
         let step = format!("watch {}", file.display());
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .map_err(at(step.as_str()))?;
-        inotify.add_watch(&file, AddWatchFlags::IN_MODIFY).map_err(at(step.as_str()))?;
+        inotify
+            .add_watch(&file, AddWatchFlags::IN_MODIFY)
+            .map_err(at(step.as_str()))?;
         Ok(inotify.into())
     }
 
     /// One value of a `name value` file such as memory.events; 0 where there is none.
     pub fn value(&self, file: &str, name: &str) -> Result<u64, Failure> {
         let text = self.read(file)?.unwrap_or_default();
-        Ok(flat_keyed(&text).find(|(key, _)| *key == name).map_or(0, |(_, value)| value))
+        Ok(flat_keyed(&text)
+            .find(|(key, _)| *key == name)
+            .map_or(0, |(_, value)| value))
     }
 
     /// Kills what is left and removes the cgroup with all below it. Fine if it is gone already.
@@ -180,12 +200,7 @@ impl Cgroup {
     }
 
     /// Waits until `name` of cgroup.events has this value; false after the deadline.
-    fn wait_for_event(
-        &self,
-        name: &str,
-        value: &str,
-        deadline: Duration,
-    ) -> Result<bool, Failure> {
+    fn wait_for_event(&self, name: &str, value: &str, deadline: Duration) -> Result<bool, Failure> {
         let file = self.path.join("cgroup.events");
         let step = format!("wait for {name} {value} in {}", file.display());
         let until = Instant::now() + deadline;
@@ -193,8 +208,13 @@ impl Cgroup {
             // Each look opens the file anew: POLLPRI reports changes since this descriptor was last read.
             let mut events = File::open(&file).map_err(at(step.as_str()))?;
             let mut text = String::new();
-            events.read_to_string(&mut text).map_err(at(step.as_str()))?;
-            if text.lines().any(|line| line.split_once(' ') == Some((name, value))) {
+            events
+                .read_to_string(&mut text)
+                .map_err(at(step.as_str()))?;
+            if text
+                .lines()
+                .any(|line| line.split_once(' ') == Some((name, value)))
+            {
                 return Ok(true);
             }
             let left = until.saturating_duration_since(Instant::now());

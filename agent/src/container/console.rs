@@ -29,7 +29,9 @@ pub struct Terminal {
 pub fn open(root: &Root, rows: u16, columns: u16) -> Result<Terminal, Failure> {
     let step = "open /dev/pts/ptmx";
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
-    let master = root.open(Path::new("/dev/pts/ptmx"), flags).map_err(at(step))?;
+    let master = root
+        .open(Path::new("/dev/pts/ptmx"), flags)
+        .map_err(at(step))?;
     check_is_ptmx(master.as_fd()).map_err(at(step))?;
     fcntl(&master, FcntlArg::F_SETFL(OFlag::O_RDWR)).map_err(at(step))?;
     let slave = open_slave(master.as_fd()).map_err(at("open the terminal"))?;
@@ -42,7 +44,11 @@ fn check_is_ptmx(fd: BorrowedFd<'_>) -> nix::Result<()> {
     let device = (major(stat.st_rdev), minor(stat.st_rdev));
     let is_char = stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFCHR.bits();
     let on_devpts = fstatfs(fd)?.filesystem_type().0 == DEVPTS_SUPER_MAGIC;
-    if is_char && device == PTMX && on_devpts { Ok(()) } else { Err(Errno::ENOTTY) }
+    if is_char && device == PTMX && on_devpts {
+        Ok(())
+    } else {
+        Err(Errno::ENOTTY)
+    }
 }
 
 /// Unlocks and opens the other end through the master, not by a name that the container could change.
@@ -58,10 +64,19 @@ fn open_slave(master: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
 }
 
 fn resize(master: BorrowedFd<'_>, rows: u16, columns: u16) -> nix::Result<()> {
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: TIOCSWINSZ reads one winsize.
     Errno::result(unsafe {
-        libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, std::ptr::from_ref(&size))
+        libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCSWINSZ,
+            std::ptr::from_ref(&size),
+        )
     })
     .map(|_| ())
 }

@@ -47,22 +47,34 @@ const WRITE: u8 = 4;
 
 const fn char_device(major: u32, minor: Option<u32>) -> Rule {
     let access = MKNOD | READ | WRITE;
-    Rule { allow: true, kind: Some(Kind::Char), major: Some(major), minor, access }
+    Rule {
+        allow: true,
+        kind: Some(Kind::Char),
+        major: Some(major),
+        minor,
+        access,
+    }
 }
 
 /// What every container may use, as with other runtimes: making nodes (the file system decides about using them), the
 /// default devices, and pseudo-terminals.
 const ALWAYS_ALLOWED: [Rule; 10] = [
-    Rule { allow: true, kind: None, major: None, minor: None, access: MKNOD },
-    char_device(1, Some(3)),   // null
-    char_device(1, Some(5)),   // zero
-    char_device(1, Some(7)),   // full
-    char_device(1, Some(8)),   // random
-    char_device(1, Some(9)),   // urandom
-    char_device(5, Some(0)),   // tty
-    char_device(5, Some(1)),   // console
-    char_device(5, Some(2)),   // ptmx
-    char_device(136, None),    // pts
+    Rule {
+        allow: true,
+        kind: None,
+        major: None,
+        minor: None,
+        access: MKNOD,
+    },
+    char_device(1, Some(3)), // null
+    char_device(1, Some(5)), // zero
+    char_device(1, Some(7)), // full
+    char_device(1, Some(8)), // random
+    char_device(1, Some(9)), // urandom
+    char_device(5, Some(0)), // tty
+    char_device(5, Some(1)), // console
+    char_device(5, Some(2)), // ptmx
+    char_device(136, None),  // pts
 ];
 
 /// The rule of the spec, or what is wrong with it.
@@ -75,7 +87,9 @@ pub fn rule(spec: &LinuxDeviceCgroup) -> Result<Rule, &'static str> {
     };
     let number = |value: Option<i64>| match value {
         None | Some(-1) => Ok(None),
-        Some(value) => u32::try_from(value).map(Some).map_err(|_| "a number is out of range"),
+        Some(value) => u32::try_from(value)
+            .map(Some)
+            .map_err(|_| "a number is out of range"),
     };
     let mut access = 0;
     for letter in spec.access().as_deref().unwrap_or("rwm").chars() {
@@ -160,7 +174,11 @@ fn give(value: i32) -> [Instruction; 2] {
 fn decision(rule: &Rule) -> Vec<Instruction> {
     let access = i32::from(rule.access);
     let mut code = if rule.allow {
-        vec![(AND_IMMEDIATE, 0x03, 0, !access), (JUMP_EQUAL, 0x03, 1, 0), SKIP]
+        vec![
+            (AND_IMMEDIATE, 0x03, 0, !access),
+            (JUMP_EQUAL, 0x03, 1, 0),
+            SKIP,
+        ]
     } else {
         vec![(JUMP_SET, 0x03, 1, access), SKIP]
     };
@@ -203,7 +221,12 @@ struct AttachAttr {
 fn bpf<T>(command: libc::c_int, attr: &T) -> nix::Result<libc::c_int> {
     // SAFETY: `attr` is the union's beginning, of the size given, and what it points to is alive.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>())
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attr),
+            size_of::<T>(),
+        )
     };
     Errno::result(result).map(|fd| libc::c_int::try_from(fd).unwrap_or_default())
 }
@@ -232,11 +255,7 @@ fn load(code: &[Instruction]) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn attach(
-    cgroup: BorrowedFd<'_>,
-    program: &OwnedFd,
-    old: Option<&OwnedFd>,
-) -> nix::Result<()> {
+fn attach(cgroup: BorrowedFd<'_>, program: &OwnedFd, old: Option<&OwnedFd>) -> nix::Result<()> {
     let number = |fd: libc::c_int| fd.cast_unsigned();
     let attr = AttachAttr {
         target_fd: number(cgroup.as_raw_fd()),

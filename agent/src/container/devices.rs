@@ -52,7 +52,11 @@ impl Device {
             LinuxDeviceType::P => SFlag::S_IFIFO,
             LinuxDeviceType::A => return Err("type a is for cgroup rules only"),
         };
-        let number = |value: i64| u64::try_from(value).ok().filter(|v| *v <= u64::from(u32::MAX));
+        let number = |value: i64| {
+            u64::try_from(value)
+                .ok()
+                .filter(|v| *v <= u64::from(u32::MAX))
+        };
         let (Some(major), Some(minor)) = (number(spec.major()), number(spec.minor())) else {
             return Err("major or minor is out of range");
         };
@@ -88,18 +92,30 @@ impl Device {
             Ok(()) => {}
             Err(Errno::EEXIST) => {
                 let there = fstatat(&parent, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
-                return if self.is(&there) { Ok(()) } else { Err(Errno::EEXIST) };
+                return if self.is(&there) {
+                    Ok(())
+                } else {
+                    Err(Errno::EEXIST)
+                };
             }
             Err(errno) => return Err(errno),
         }
         let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
-        fchownat(&parent, name.as_os_str(), Some(self.owner), Some(self.group), flags)
+        fchownat(
+            &parent,
+            name.as_os_str(),
+            Some(self.owner),
+            Some(self.group),
+            flags,
+        )
     }
 }
 
 /// A container's devices: the default ones and those of the spec.
 pub fn all(spec: &[LinuxDevice]) -> Vec<Device> {
-    Device::default_ones().chain(spec.iter().filter_map(|d| Device::of_spec(d).ok())).collect()
+    Device::default_ones()
+        .chain(spec.iter().filter_map(|d| Device::of_spec(d).ok()))
+        .collect()
 }
 
 /// For a user namespace, which can't make nodes: the guest's own nodes of these devices, as detached mounts.

@@ -25,7 +25,12 @@ pub struct Failure {
 impl Failure {
     /// A step that failed for a reason which is no system error.
     pub fn new(step: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { step: step.into(), message: message.into(), errno: None, status: None }
+        Self {
+            step: step.into(),
+            message: message.into(),
+            errno: None,
+            status: None,
+        }
     }
 
     /// The user's program can't be executed.
@@ -44,14 +49,22 @@ pub fn at<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Fail
     let step = step.into();
     move |error| {
         let error = error.into();
-        Failure { step, message: error.to_string(), errno: error.raw_os_error(), status: None }
+        Failure {
+            step,
+            message: error.to_string(),
+            errno: error.raw_os_error(),
+            status: None,
+        }
     }
 }
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure.status {
-            Some(status) => Self::Exec { status, message: failure.message },
+            Some(status) => Self::Exec {
+                status,
+                message: failure.message,
+            },
             None => Self::Step {
                 step: failure.step,
                 message: failure.message,

@@ -49,8 +49,16 @@ fn run(hook: &Hook, state: &State) -> std::io::Result<ExitStatus> {
     if let Some((name, rest)) = args.split_first() {
         command.arg0(name).args(rest);
     }
-    let env = hook.env().iter().flatten().filter_map(|entry| entry.split_once('='));
-    command.env_clear().envs(env).stdin(Stdio::piped()).stdout(Stdio::null());
+    let env = hook
+        .env()
+        .iter()
+        .flatten()
+        .filter_map(|entry| entry.split_once('='));
+    command
+        .env_clear()
+        .envs(env)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         let json = serde_json::to_vec(state)?;
@@ -60,7 +68,9 @@ fn run(hook: &Hook, state: &State) -> std::io::Result<ExitStatus> {
             _ => {}
         }
     }
-    let timeout = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
+    let timeout = hook
+        .timeout()
+        .and_then(|seconds| u64::try_from(seconds).ok());
     if let Some(timeout) = timeout.map(Duration::from_secs)
         && !ends_within(&child, timeout)?
     {

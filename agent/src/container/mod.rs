@@ -70,7 +70,11 @@ const SETUP_DEADLINE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub enum ChildStdio {
     /// Inherited as they are; `None` is /dev/null.
-    Streams { stdin: Option<OwnedFd>, stdout: Option<OwnedFd>, stderr: Option<OwnedFd> },
+    Streams {
+        stdin: Option<OwnedFd>,
+        stdout: Option<OwnedFd>,
+        stderr: Option<OwnedFd>,
+    },
     /// A new pseudo-terminal of the container's own devpts, of this size; its master comes back in [`Started`].
     Terminal { rows: u16, columns: u16 },
 }
@@ -121,14 +125,18 @@ impl Started {
     pub fn release(self) -> Result<(), Error> {
         let step = || format!("start process {}", self.pid);
         match (&self.socket).write_all(&[wire::GO]) {
-            Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(at(step())(error).into()),
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                return Err(at(step())(error).into());
+            }
             _ => {}
         }
         self.socket.set_read_timeout(None).map_err(at(step()))?;
         match wire::receive(&self.socket) {
             Ok(None) => Ok(()),
             Ok(Some((Report::Failed(failure), _))) => Err(failure.into()),
-            Ok(Some((report, _))) => Err(Failure::new(step(), format!("unexpected {report:?}")).into()),
+            Ok(Some((report, _))) => {
+                Err(Failure::new(step(), format!("unexpected {report:?}")).into())
+            }
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
             Err(error) => Err(at(step())(error).into()),
         }
@@ -189,7 +197,10 @@ fn create_in(
     stdio: ChildStdio,
     pod: &SharedNamespaces,
 ) -> Result<(OwnedFd, Born), Failure> {
-    let limits = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let limits = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
     if let Some(limits) = limits {
         resources::apply(cgroup, limits)?;
     }
@@ -200,13 +211,28 @@ fn create_in(
         (FdName::Net, &pod.net),
         (FdName::Pid, &pod.pid),
     ];
-    let shared = shared.into_iter().filter_map(|(name, fd)| Some((name, fd.as_ref()?.as_fd())));
+    let shared = shared
+        .into_iter()
+        .filter_map(|(name, fd)| Some((name, fd.as_ref()?.as_fd())));
     let mut fds: Vec<_> = shared.collect();
     fds.push((FdName::Cgroup, cgroup.fd()));
-    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
-    let seconds = hooks.into_iter().flatten().map(|hook| hook.timeout().unwrap_or(0)).sum::<i64>();
+    let hooks = spec
+        .hooks()
+        .as_ref()
+        .and_then(|hooks| hooks.create_container().as_ref());
+    let seconds = hooks
+        .into_iter()
+        .flatten()
+        .map(|hook| hook.timeout().unwrap_or(0))
+        .sum::<i64>();
     let deadline = SETUP_DEADLINE + Duration::from_secs(seconds.unsigned_abs());
-    let born = run_stage(id, Task::Create(Box::new(spec.clone())), stdio, &fds, deadline)?;
+    let born = run_stage(
+        id,
+        Task::Create(Box::new(spec.clone())),
+        stdio,
+        &fds,
+        deadline,
+    )?;
     Ok((devices, born))
 }
 
@@ -216,8 +242,11 @@ fn install_device_rules(
     old: Option<&OwnedFd>,
 ) -> Result<OwnedFd, Failure> {
     let rules = limits.and_then(|limits| limits.devices().as_ref());
-    let rules: Vec<_> =
-        rules.into_iter().flatten().filter_map(|rule| device_filter::rule(rule).ok()).collect();
+    let rules: Vec<_> = rules
+        .into_iter()
+        .flatten()
+        .filter_map(|rule| device_filter::rule(rule).ok())
+        .collect();
     device_filter::install(cgroup.fd(), &rules, old)
 }
 
@@ -237,7 +266,9 @@ fn run_stage(
     deadline: Duration,
 ) -> Result<Born, Failure> {
     let (socket, theirs) = UnixStream::pair().map_err(at("make the stage's socket"))?;
-    socket.set_read_timeout(Some(deadline)).map_err(at("set the stage's deadline"))?;
+    socket
+        .set_read_timeout(Some(deadline))
+        .map_err(at("set the stage's deadline"))?;
     Command::new("/proc/self/exe")
         .arg0(STAGE_NAME)
         .env_clear()
@@ -247,15 +278,31 @@ fn run_stage(
     send_work(&socket, id, task, stdio, fds)?;
     let (report, mut pidfd) = next_report(&socket, "clone the process")?;
     let Report::Cloned { pid, namespaces } = report else {
-        return Err(Failure::new("clone the process", format!("unexpected {report:?}")));
+        return Err(Failure::new(
+            "clone the process",
+            format!("unexpected {report:?}"),
+        ));
     };
-    let pidfd = pidfd.pop().ok_or_else(|| Failure::new("clone the process", "no pidfd came"))?;
+    let pidfd = pidfd
+        .pop()
+        .ok_or_else(|| Failure::new("clone the process", "no pidfd came"))?;
     let (report, mut terminal) = next_report(&socket, "set up the process")?;
     let Report::Ready = report else {
-        return Err(Failure::new("set up the process", format!("unexpected {report:?}")));
+        return Err(Failure::new(
+            "set up the process",
+            format!("unexpected {report:?}"),
+        ));
     };
-    let started = Started { pid: Pid::from_raw(pid), terminal: terminal.pop(), socket };
-    Ok(Born { started, pidfd, namespaces })
+    let started = Started {
+        pid: Pid::from_raw(pid),
+        terminal: terminal.pop(),
+        socket,
+    };
+    Ok(Born {
+        started,
+        pidfd,
+        namespaces,
+    })
 }
 
 fn send_work(
@@ -266,9 +313,11 @@ fn send_work(
     fds: &[(FdName, BorrowedFd<'_>)],
 ) -> Result<(), Failure> {
     let (streams, stdio) = match stdio {
-        ChildStdio::Streams { stdin, stdout, stderr } => {
-            ([stdin, stdout, stderr], wire::Stdio::Streams)
-        }
+        ChildStdio::Streams {
+            stdin,
+            stdout,
+            stderr,
+        } => ([stdin, stdout, stderr], wire::Stdio::Streams),
         ChildStdio::Terminal { rows, columns } => {
             ([None, None, None], wire::Stdio::Terminal { rows, columns })
         }
@@ -277,7 +326,12 @@ fn send_work(
     let streams = names.into_iter().zip(&streams);
     let streams = streams.filter_map(|(name, fd)| Some((name, fd.as_ref()?.as_fd())));
     let (names, fds): (Vec<_>, Vec<_>) = streams.chain(fds.iter().copied()).unzip();
-    let work = Work { fds: names, id: id.to_string(), stdio, task };
+    let work = Work {
+        fds: names,
+        id: id.to_string(),
+        stdio,
+        task,
+    };
     wire::send(socket, &work, &fds).map_err(at("send the stage its work"))
 }
 
@@ -285,19 +339,16 @@ fn next_report(socket: &UnixStream, step: &str) -> Result<(Report, Vec<OwnedFd>)
     match wire::receive(socket).map_err(at(step))? {
         Some((Report::Failed(failure), _)) => Err(failure),
         Some(report) => Ok(report),
-        None => Err(Failure::new(step, "it ended without a word; killed for memory, perhaps")),
+        None => Err(Failure::new(
+            step,
+            "it ended without a word; killed for memory, perhaps",
+        )),
     }
 }
 
 /// What the agent's executable does when its `argv[0]` is [`STAGE_NAME`].
 pub fn stage_main() -> ! {
     stage::main()
-}
-
-/// Gives the agent a root that `pivot_root(2)` can leave, which an initramfs is not. The first thing PID 1 does,
-/// before it mounts anything.
-pub fn leave_initramfs() -> Result<(), Error> {
-    Ok(rootfs::leave_initramfs()?)
 }
 
 impl Container {
@@ -323,15 +374,23 @@ impl Container {
     /// A container that manages cgroups of its own has handed out its controllers, and then no process may be in its
     /// uppermost one: a further process goes where its init is.
     fn nested_cgroup(&self) -> Result<Option<OwnedFd>, Failure> {
-        let handed_out = self.cgroup.read("cgroup.subtree_control")?.unwrap_or_default();
+        let handed_out = self
+            .cgroup
+            .read("cgroup.subtree_control")?
+            .unwrap_or_default();
         if handed_out.trim().is_empty() {
             return Ok(None);
         }
         let step = format!("find the cgroup of process {}", self.init);
         let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init)).map_err(at(&*step))?;
         let path = text.trim().strip_prefix("0::/").unwrap_or_default();
-        if Path::new(path).components().next().map(|c| c.as_os_str()) != Some(self.id.as_str().as_ref()) {
-            return Err(Failure::new(step, format!("{path:?} is not the container's")));
+        if Path::new(path).components().next().map(|c| c.as_os_str())
+            != Some(self.id.as_str().as_ref())
+        {
+            return Err(Failure::new(
+                step,
+                format!("{path:?} is not the container's"),
+            ));
         }
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         nix::fcntl::open(&Path::new(CGROUP_ROOT).join(path), flags, Mode::empty())
@@ -352,8 +411,15 @@ impl Container {
     pub fn update(&self, limits: &LinuxResources) -> Result<(), Error> {
         validate::resources(limits, "")?;
         resources::apply(&self.cgroup, limits)?;
-        if limits.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
-            let mut program = self.devices.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if limits
+            .devices()
+            .as_ref()
+            .is_some_and(|rules| !rules.is_empty())
+        {
+            let mut program = self
+                .devices
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
             *program = install_device_rules(&self.cgroup, Some(limits), Some(&program))?;
         }
         Ok(())

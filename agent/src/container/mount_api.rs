@@ -41,7 +41,11 @@ pub enum Depth {
 
 impl Depth {
     fn flag(self) -> libc::c_int {
-        if self == Self::Recursive { AT_RECURSIVE } else { 0 }
+        if self == Self::Recursive {
+            AT_RECURSIVE
+        } else {
+            0
+        }
     }
 }
 
@@ -115,18 +119,31 @@ pub fn new_mount(
     attr: u64,
 ) -> io::Result<OwnedFd> {
     // SAFETY: a NUL-terminated name.
-    let context =
-        owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) })?;
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) })?;
     // The source only shows in mountinfo; every kernel file system takes it.
-    configure(&context, FSCONFIG_SET_STRING, Some("source"), kind.to_str().ok())?;
+    configure(
+        &context,
+        FSCONFIG_SET_STRING,
+        Some("source"),
+        kind.to_str().ok(),
+    )?;
     for (key, value) in parameters {
-        let command = if value.is_some() { FSCONFIG_SET_STRING } else { FSCONFIG_SET_FLAG };
+        let command = if value.is_some() {
+            FSCONFIG_SET_STRING
+        } else {
+            FSCONFIG_SET_FLAG
+        };
         configure(&context, command, Some(key), value.as_deref())?;
     }
     configure(&context, FSCONFIG_CMD_CREATE, None, None)?;
     // SAFETY: an open file system context.
     Ok(owned(unsafe {
-        libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, attr)
+        libc::syscall(
+            libc::SYS_fsmount,
+            context.as_raw_fd(),
+            FSMOUNT_CLOEXEC,
+            attr,
+        )
     })?)
 }
 
@@ -150,7 +167,9 @@ fn configure(
             0,
         )
     };
-    check(result).map(|_| ()).map_err(|errno| explain(context, errno))
+    check(result)
+        .map(|_| ())
+        .map_err(|errno| explain(context, errno))
 }
 
 /// The kernel says in the context's log what was wrong with a parameter.
@@ -162,7 +181,9 @@ fn explain(context: &OwnedFd, errno: Errno) -> io::Error {
         .map(|n| String::from_utf8_lossy(&log[..n]).trim().to_owned())
         .unwrap_or_default();
     match said.split_once(' ') {
-        Some((_, text)) => io::Error::new(io::Error::from(errno).kind(), format!("{errno}: {text}")),
+        Some((_, text)) => {
+            io::Error::new(io::Error::from(errno).kind(), format!("{errno}: {text}"))
+        }
         None => errno.into(),
     }
 }

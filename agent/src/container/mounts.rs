@@ -5,7 +5,7 @@
 //! root is by then the container's, so that no path in here can name anything outside.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, OsStr};
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -80,8 +80,14 @@ pub enum Source<'a> {
 }
 
 /// What the guest itself has that a container may bind.
-const GUEST_SOURCES: [&str; 6] =
-    ["/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
+const GUEST_SOURCES: [&str; 6] = [
+    "/dev",
+    "/proc",
+    "/sys",
+    "/etc/hostname",
+    "/etc/hosts",
+    "/etc/resolv.conf",
+];
 
 impl<'a> Source<'a> {
     /// `None` is a path that belongs to another container or to the agent.
@@ -90,7 +96,11 @@ impl<'a> Source<'a> {
             return (!rest.as_os_str().is_empty()).then_some(Self::Share(rest));
         }
         let known = GUEST_SOURCES.iter().any(|source| path.starts_with(source));
-        if known { path.strip_prefix("/").ok().map(Self::Guest) } else { None }
+        if known {
+            path.strip_prefix("/").ok().map(Self::Guest)
+        } else {
+            None
+        }
     }
 
     /// Opens it. No symlink is followed: whatever the shim put there is no symlink.
@@ -116,7 +126,13 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
     let mut trees = Trees::new();
     for (i, mount) in mounts.iter().enumerate() {
         let (kind, options) = parse(i, mount)?;
-        let step = || format!("mounts[{i}]: {} for {}", source(mount).display(), target(mount));
+        let step = || {
+            format!(
+                "mounts[{i}]: {} for {}",
+                source(mount).display(),
+                target(mount)
+            )
+        };
         let tree = match kind {
             Kind::Bind(depth) => {
                 let source = Source::of(id, source(mount))
@@ -126,8 +142,8 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
             }
             Kind::Cgroup if !cgroup_namespace => {
                 let path = Path::new(CGROUP_ROOT).join(id);
-                let opened = nix::fcntl::open(&path, OFlag::O_PATH, Mode::empty())
-                    .map_err(at(step()))?;
+                let opened =
+                    nix::fcntl::open(&path, OFlag::O_PATH, Mode::empty()).map_err(at(step()))?;
                 mount_api::clone_tree(opened.as_fd(), Depth::One).map_err(at(step()))?
             }
             Kind::Sysfs | Kind::Mqueue => {
@@ -145,10 +161,13 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
 pub fn mount_all(root: &Root, mounts: &[Mount], trees: &Trees) -> Result<(), Failure> {
     for (i, mount) in mounts.iter().enumerate() {
         let (kind, options) = parse(i, mount)?;
-        let step = format!("mounts[{i}]: mount {} on {}", kind_name(mount), target(mount));
-        mount_one(root, mount, kind, &options, trees.get(&i).map(AsFd::as_fd)).map_err(|failure| {
-            Failure { step, ..failure }
-        })?;
+        let step = format!(
+            "mounts[{i}]: mount {} on {}",
+            kind_name(mount),
+            target(mount)
+        );
+        mount_one(root, mount, kind, &options, trees.get(&i).map(AsFd::as_fd))
+            .map_err(|failure| Failure { step, ..failure })?;
     }
     Ok(())
 }
@@ -185,7 +204,8 @@ fn mount_one(
         }
     };
     if options.copy_up && kind == Kind::Tmpfs {
-        copy_directory(target.as_fd(), tree, 0).map_err(at("copy the directory below (tmpcopyup)"))?;
+        copy_directory(target.as_fd(), tree, 0)
+            .map_err(at("copy the directory below (tmpcopyup)"))?;
     }
     mount_api::set_attr(tree, Depth::One, &options.attr).map_err(at("set the options"))?;
     mount_api::set_attr(tree, Depth::Recursive, &options.recursive_attr)
@@ -193,7 +213,10 @@ fn mount_one(
     mount_api::attach(tree, target.as_fd()).map_err(at("attach"))?;
     for (depth, flags) in &options.propagation {
         let propagation = flags.bits();
-        let attr = MountAttr { propagation, ..MountAttr::default() };
+        let attr = MountAttr {
+            propagation,
+            ..MountAttr::default()
+        };
         mount_api::set_attr(tree, *depth, &attr).map_err(at("set the propagation"))?;
     }
     Ok(())
@@ -266,14 +289,20 @@ fn copy_directory(from: BorrowedFd<'_>, to: BorrowedFd<'_>, depth: usize) -> nix
             }
             Some(Type::Symlink) => {
                 let to_where = readlinkat(from, name)?;
-                symlinkat::<OsStr, CStr>(to_where.as_os_str(), to, name)?;
+                symlinkat(to_where.as_os_str(), to, name)?;
             }
             Some(Type::File) => copy_file(from, to, name, &stat)?,
             // Sockets, fifos and devices have no contents.
             _ => continue,
         }
         let (owner, group) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        fchownat(to, name, Some(owner), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        fchownat(
+            to,
+            name,
+            Some(owner),
+            Some(group),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        )?;
     }
     Ok(())
 }
@@ -289,8 +318,11 @@ fn copy_file(
     let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
     let source = openat(from, name, read, Mode::empty())?;
     let copy = openat(to, name, write, Mode::from_bits_truncate(0o600))?;
-    std::io::copy(&mut std::fs::File::from(source), &mut std::fs::File::from(copy.try_clone().map_err(|_| Errno::EMFILE)?))
-        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    std::io::copy(
+        &mut std::fs::File::from(source),
+        &mut std::fs::File::from(copy.try_clone().map_err(|_| Errno::EMFILE)?),
+    )
+    .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
     fchmod(&copy, mode)
 }
 
@@ -301,7 +333,10 @@ mod tests {
     #[test]
     fn only_own_paths_are_sources() {
         let own = Path::new("/run/coffer/share/web/mounts/3");
-        assert_eq!(Source::of("web", own), Some(Source::Share(Path::new("mounts/3"))));
+        assert_eq!(
+            Source::of("web", own),
+            Some(Source::Share(Path::new("mounts/3")))
+        );
         for foreign in [
             "/run/coffer/share/db/rootfs",
             "/run/coffer/share/web2/rootfs",
@@ -316,6 +351,9 @@ mod tests {
             assert_eq!(Source::of("web", Path::new(foreign)), None, "{foreign}");
         }
         let guest = Path::new("/dev/shm");
-        assert_eq!(Source::of("web", guest), Some(Source::Guest(Path::new("dev/shm"))));
+        assert_eq!(
+            Source::of("web", guest),
+            Some(Source::Guest(Path::new("dev/shm")))
+        );
     }
 }

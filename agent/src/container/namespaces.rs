@@ -35,7 +35,8 @@ impl Plan {
         };
         let pod = nix::sys::utsname::uname().map_err(at("uname"))?;
         let differs = |name: &Option<String>, pods: &std::ffi::OsStr| {
-            name.as_deref().is_some_and(|name| !name.is_empty() && pods != name)
+            name.as_deref()
+                .is_some_and(|name| !name.is_empty() && pods != name)
         };
         Ok(Self {
             own_pid: !shares_pid,
@@ -86,7 +87,8 @@ pub fn join_pod(fds: &Fds) -> Result<(), Failure> {
 
 /// Makes a time namespace, with its offsets, that the calling process's children are born into.
 pub fn unshare_time(linux: &Linux) -> Result<(), Failure> {
-    unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME)).map_err(at("unshare the time namespace"))?;
+    unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME))
+        .map_err(at("unshare the time namespace"))?;
     let lines: String = linux
         .time_offsets()
         .iter()
@@ -104,7 +106,10 @@ pub fn unshare_time(linux: &Linux) -> Result<(), Failure> {
 
 /// Writes the mappings of a user namespace that `pid` is alone in.
 pub fn write_id_maps(pid: Pid, linux: &Linux) -> Result<(), Failure> {
-    for (file, mappings) in [("uid_map", linux.uid_mappings()), ("gid_map", linux.gid_mappings())] {
+    for (file, mappings) in [
+        ("uid_map", linux.uid_mappings()),
+        ("gid_map", linux.gid_mappings()),
+    ] {
         let text: String = mappings.iter().flatten().map(line).collect();
         fs::write(format!("/proc/{pid}/{file}"), text).map_err(at(format!("write {file}")))?;
     }
@@ -112,14 +117,23 @@ pub fn write_id_maps(pid: Pid, linux: &Linux) -> Result<(), Failure> {
 }
 
 fn line(mapping: &LinuxIdMapping) -> String {
-    format!("{} {} {}\n", mapping.container_id(), mapping.host_id(), mapping.size())
+    format!(
+        "{} {} {}\n",
+        mapping.container_id(),
+        mapping.host_id(),
+        mapping.size()
+    )
 }
 
 /// Writes sysctls of the pod's namespaces, which the calling process has joined.
 pub fn write_sysctls(linux: &Linux) -> Result<(), Failure> {
     for (key, value) in linux.sysctl().iter().flatten() {
         // As sysctl(8): with a slash in the key the dots are part of names, as in "net/ipv4/conf/eth0.1/mtu".
-        let file = if key.contains('/') { key.clone() } else { key.replace('.', "/") };
+        let file = if key.contains('/') {
+            key.clone()
+        } else {
+            key.replace('.', "/")
+        };
         fs::write(format!("/proc/sys/{file}"), value)
             .map_err(at(format!("linux.sysctl.{key} = {value:?}")))?;
     }

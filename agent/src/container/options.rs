@@ -76,7 +76,10 @@ const REFUSED: &[&str] = &["remount", "idmap", "ridmap", "iversion", "noiversion
 
 /// The propagation an option or `linux.rootfsPropagation` names.
 pub fn propagation(name: &str) -> Option<(Depth, MsFlags)> {
-    PROPAGATION.iter().find(|(n, ..)| *n == name).map(|(_, depth, flags)| (*depth, *flags))
+    PROPAGATION
+        .iter()
+        .find(|(n, ..)| *n == name)
+        .map(|(_, depth, flags)| (*depth, *flags))
 }
 
 /// Parses; the error is the option that can't be honoured.
@@ -108,13 +111,20 @@ pub fn parse<S: AsRef<str>>(options: &[S]) -> Result<MountOptions, String> {
 }
 
 fn attribute(option: &str) -> Option<(bool, u64)> {
-    ATTRIBUTES.iter().find(|(name, ..)| *name == option).map(|(_, set, flag)| (*set, *flag))
+    ATTRIBUTES
+        .iter()
+        .find(|(name, ..)| *name == option)
+        .map(|(_, set, flag)| (*set, *flag))
 }
 
 /// A later option wins over an earlier one.
 fn change(attr: &mut MountAttr, (set, flag): (bool, u64)) {
     // The access time modes are one field: it is cleared as a whole before one is set.
-    let field = if flag & MOUNT_ATTR_ATIME == 0 { flag } else { MOUNT_ATTR_ATIME };
+    let field = if flag & MOUNT_ATTR_ATIME == 0 {
+        flag
+    } else {
+        MOUNT_ATTR_ATIME
+    };
     attr.set &= !field;
     attr.clear &= !field;
     if set {
@@ -139,13 +149,19 @@ mod tests {
     #[test]
     fn a_later_option_wins() {
         let attr = parse(&["ro", "nosuid", "rw"]).unwrap().attr;
-        assert_eq!((attr.set, attr.clear), (MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY));
+        assert_eq!(
+            (attr.set, attr.clear),
+            (MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY)
+        );
     }
 
     #[test]
     fn access_time_is_one_field() {
         let attr = parse(&["noatime", "strictatime"]).unwrap().attr;
-        assert_eq!((attr.set, attr.clear), (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR_ATIME));
+        assert_eq!(
+            (attr.set, attr.clear),
+            (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR_ATIME)
+        );
         let attr = parse(&["noatime", "relatime"]).unwrap().attr;
         assert_eq!((attr.set, attr.clear), (0, MOUNT_ATTR_ATIME));
     }
@@ -161,7 +177,10 @@ mod tests {
     #[test]
     fn what_the_file_system_must_understand_is_passed_on() {
         let parsed = parse(&["mode=755", "newinstance"]).unwrap();
-        let expected = [("mode".into(), Some("755".into())), ("newinstance".into(), None)];
+        let expected = [
+            ("mode".into(), Some("755".into())),
+            ("newinstance".into(), None),
+        ];
         assert_eq!(parsed.parameters, expected);
     }
 

@@ -18,7 +18,9 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, SFlag, fstat, umask};
-use nix::unistd::{AccessFlags, Gid, Uid, faccessat, fchdir, fchown, setgroups, setresgid, setresuid};
+use nix::unistd::{
+    AccessFlags, Gid, Uid, faccessat, fchdir, fchown, setgroups, setresgid, setresuid,
+};
 use oci_spec::runtime::{
     IOPriorityClass, LinuxPersonality, LinuxPersonalityDomain, LinuxSchedulerFlag,
     LinuxSchedulerPolicy, LinuxSeccomp, PosixRlimit, PosixRlimitType, Process, Scheduler, User,
@@ -57,12 +59,18 @@ impl<'a> Launcher<'a> {
         personality: Option<&'a LinuxPersonality>,
     ) -> Result<Self, Failure> {
         let capabilities = match process.capabilities() {
-            Some(sets) => capabilities::parse(sets)
-                .map_err(|(set, reason)| Failure::new(format!("process.capabilities.{set}"), reason))?,
+            Some(sets) => capabilities::parse(sets).map_err(|(set, reason)| {
+                Failure::new(format!("process.capabilities.{set}"), reason)
+            })?,
             None => Sets::default(),
         };
         let filter = profile.map(seccomp::compile).transpose()?;
-        Ok(Self { process, capabilities, filter, personality })
+        Ok(Self {
+            process,
+            capabilities,
+            filter,
+            personality,
+        })
     }
 
     /// Sets what the process may have long before it runs its program.
@@ -95,7 +103,13 @@ impl<'a> Launcher<'a> {
         self.become_user(user)?;
         enter_cwd(root, self.process.cwd())?;
         let args = c_strings(self.process.args().as_deref().unwrap_or_default())?;
-        let name = self.process.args().iter().flatten().next().map_or("", String::as_str);
+        let name = self
+            .process
+            .args()
+            .iter()
+            .flatten()
+            .next()
+            .map_or("", String::as_str);
         let program = find_program(name, &env)?;
         let env = c_strings(&env)?;
         reset_signals().map_err(at("reset signals"))?;
@@ -111,12 +125,18 @@ impl<'a> Launcher<'a> {
     }
 
     fn become_user(&self, user: &User) -> Result<(), Failure> {
-        umask(Mode::from_bits_truncate(user.umask().unwrap_or(DEFAULT_UMASK) & 0o777));
+        umask(Mode::from_bits_truncate(
+            user.umask().unwrap_or(DEFAULT_UMASK) & 0o777,
+        ));
         self.capabilities.limit_bounding()?;
         // The permitted set has to survive the change of user, to be cut down to the spec's afterwards.
         prctl::set_keepcaps(true).map_err(at("keep capabilities"))?;
-        let groups: Vec<Gid> =
-            user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+        let groups: Vec<Gid> = user
+            .additional_gids()
+            .iter()
+            .flatten()
+            .map(|gid| Gid::from_raw(*gid))
+            .collect();
         setgroups(&groups).map_err(at(format!("set process.user.additionalGids {groups:?}")))?;
         let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
         setresgid(gid, gid, gid).map_err(at(format!("set process.user.gid {gid}")))?;
@@ -184,9 +204,15 @@ pub fn check_scheduling(process: &Process) -> Result<(), (&'static str, String)>
     if let Some(priority) = process.io_priority()
         && !(0..=7).contains(&priority.priority())
     {
-        return Err(("ioPriority.priority", format!("{} is not 0 to 7", priority.priority())));
+        return Err((
+            "ioPriority.priority",
+            format!("{} is not 0 to 7", priority.priority()),
+        ));
     }
-    let policy = process.scheduler().as_ref().map(|scheduler| *scheduler.policy());
+    let policy = process
+        .scheduler()
+        .as_ref()
+        .map(|scheduler| *scheduler.policy());
     if policy == Some(LinuxSchedulerPolicy::SchedIso) {
         return Err(("scheduler.policy", "SCHED_ISO is not in Linux".into()));
     }
@@ -245,7 +271,10 @@ fn set_scheduler(scheduler: &Scheduler) -> Result<(), Failure> {
         libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(&attr), 0)
     })
     .map(|_| ())
-    .map_err(at(format!("set process.scheduler to {}", scheduler.policy())))
+    .map_err(at(format!(
+        "set process.scheduler to {}",
+        scheduler.policy()
+    )))
 }
 
 /// Keys that the agent or another process has are none of this one's business.
@@ -261,10 +290,12 @@ fn new_session_keyring() -> Result<(), Failure> {
 }
 
 fn set_personality(personality: Option<&LinuxPersonality>) -> Result<(), Failure> {
+    /// linux/personality.h
+    const PER_LINUX32: libc::c_int = 0x0008;
     let domain = match personality.map(LinuxPersonality::domain) {
         None => return Ok(()),
         Some(LinuxPersonalityDomain::PerLinux) => 0,
-        Some(LinuxPersonalityDomain::PerLinux32) => libc::PER_LINUX32,
+        Some(LinuxPersonalityDomain::PerLinux32) => PER_LINUX32,
     };
     // SAFETY: takes one integer.
     Errno::result(unsafe { libc::personality(libc::c_ulong::from(domain.cast_unsigned())) })
@@ -289,7 +320,10 @@ fn home_directory(root: &Root, uid: u32) -> Option<String> {
         return None;
     }
     let mut text = Vec::new();
-    File::from(fd).take(MAX_PASSWD).read_to_end(&mut text).ok()?;
+    File::from(fd)
+        .take(MAX_PASSWD)
+        .read_to_end(&mut text)
+        .ok()?;
     home_in_passwd(&String::from_utf8_lossy(&text), uid)
 }
 
@@ -298,7 +332,9 @@ fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
     text.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         let is_user = fields.get(2)?.parse() == Ok(uid);
-        let home = fields.get(5).filter(|home| !home.is_empty() && !home.contains('\0'))?;
+        let home = fields
+            .get(5)
+            .filter(|home| !home.is_empty() && !home.contains('\0'))?;
         is_user.then(|| (*home).to_owned())
     })
 }
@@ -316,7 +352,11 @@ fn find_program(name: &str, env: &[String]) -> Result<CString, Failure> {
     let candidates: Vec<PathBuf> = if name.contains('/') {
         vec![PathBuf::from(name)]
     } else {
-        let path = env.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or("");
+        let path = env
+            .iter()
+            .rev()
+            .find_map(|entry| entry.strip_prefix("PATH="))
+            .unwrap_or("");
         path.split(':')
             .map(|directory| if directory.is_empty() { "." } else { directory })
             .map(|directory| Path::new(directory).join(name))
@@ -344,7 +384,9 @@ fn find_program(name: &str, env: &[String]) -> Result<CString, Failure> {
 fn check_executable(path: &Path) -> nix::Result<()> {
     use nix::fcntl::{AT_FDCWD, OpenHow, ResolveFlag, openat2};
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let how = OpenHow::new()
+        .flags(flags)
+        .resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS);
     let fd = openat2(AT_FDCWD, path, how)?;
     if fstat(&fd)?.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
         return Err(Errno::EACCES);
@@ -382,7 +424,12 @@ fn reset_signals() -> nix::Result<()> {
 fn close_on_exec() -> nix::Result<()> {
     // SAFETY: marks all descriptors above stderr, and closes none.
     let result = unsafe {
-        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
     };
     Errno::result(result).map(|_| ())
 }
@@ -399,7 +446,8 @@ mod tests {
 
     #[test]
     fn home_is_found_by_uid() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\nx:x:5:5:::\n";
+        let passwd =
+            "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:/bin/false\nx:x:5:5:::\n";
         assert_eq!(home_in_passwd(passwd, 33).as_deref(), Some("/var/www"));
         assert_eq!(home_in_passwd(passwd, 5), None);
         assert_eq!(home_in_passwd(passwd, 1), None);

@@ -38,7 +38,11 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), Failure>
 
 /// A limit of the spec: -1 (and 0, which no process could live with) is none.
 fn limit(value: i64) -> String {
-    if value > 0 { value.to_string() } else { "max".into() }
+    if value > 0 {
+        value.to_string()
+    } else {
+        "max".into()
+    }
 }
 
 fn apply_memory(cgroup: &Cgroup, memory: &LinuxMemory) -> Result<(), Failure> {
@@ -116,7 +120,9 @@ fn cpu_max(cgroup: &Cgroup, cpu: &LinuxCpu) -> Result<Option<String>, Failure> {
     let now = cgroup.read("cpu.max")?.unwrap_or_default();
     let (quota_now, period_now) = now.trim().split_once(' ').unwrap_or(("max", ""));
     let quota = quota.map_or_else(|| quota_now.to_owned(), limit);
-    let period = period.or_else(|| period_now.parse().ok()).unwrap_or(DEFAULT_PERIOD_US);
+    let period = period
+        .or_else(|| period_now.parse().ok())
+        .unwrap_or(DEFAULT_PERIOD_US);
     Ok(Some(format!("{quota} {period}")))
 }
 
@@ -127,7 +133,10 @@ fn apply_io(cgroup: &Cgroup, io: &LinuxBlockIo) -> Result<(), Failure> {
     for device in io.weight_device().iter().flatten() {
         if let Some(weight) = device.weight() {
             let (major, minor) = (device.major(), device.minor());
-            cgroup.write("io.weight", &format!("{major}:{minor} {}", io_weight(weight)))?;
+            cgroup.write(
+                "io.weight",
+                &format!("{major}:{minor} {}", io_weight(weight)),
+            )?;
         }
     }
     let throttles: [(&str, &Option<Vec<LinuxThrottleDevice>>); 4] = [
@@ -156,10 +165,18 @@ fn io_weight(weight: u16) -> u64 {
 
 fn apply_hugetlb(cgroup: &Cgroup, huge: &LinuxHugepageLimit) -> Result<(), Failure> {
     let size = huge.page_size();
-    let value = if huge.limit() < 0 { "max".to_owned() } else { huge.limit().to_string() };
+    let value = if huge.limit() < 0 {
+        "max".to_owned()
+    } else {
+        huge.limit().to_string()
+    };
     cgroup.write(&format!("hugetlb.{size}.max"), &value)?;
     let reserved = format!("hugetlb.{size}.rsvd.max");
-    if cgroup.has(&reserved) { cgroup.write(&reserved, &value) } else { Ok(()) }
+    if cgroup.has(&reserved) {
+        cgroup.write(&reserved, &value)
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -176,7 +193,13 @@ mod tests {
     #[test]
     fn swap_is_what_goes_beyond_memory() {
         let swap = |limit, swap| {
-            swap_max(&LinuxMemoryBuilder::default().limit(limit).swap(swap).build().unwrap())
+            swap_max(
+                &LinuxMemoryBuilder::default()
+                    .limit(limit)
+                    .swap(swap)
+                    .build()
+                    .unwrap(),
+            )
         };
         assert_eq!(swap(100, 300).as_deref(), Some("200"));
         assert_eq!(swap(100, 100).as_deref(), Some("0"));

@@ -23,11 +23,6 @@ impl Root {
         nix::fcntl::open("/", flags, Mode::empty()).map(Self)
     }
 
-    /// Takes an open directory as the root.
-    pub fn at(directory: OwnedFd) -> Self {
-        Self(directory)
-    }
-
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -52,7 +47,11 @@ impl Root {
             so_far.push(&name);
             directory = match self.open(&so_far, flags) {
                 Err(Errno::ENOENT) => {
-                    match mkdirat(&directory, name.as_os_str(), Mode::from_bits_truncate(0o755)) {
+                    match mkdirat(
+                        &directory,
+                        name.as_os_str(),
+                        Mode::from_bits_truncate(0o755),
+                    ) {
                         Ok(()) | Err(Errno::EEXIST) => {}
                         Err(error) => return Err(error),
                     }
@@ -72,7 +71,12 @@ impl Root {
         }
         let (parent, name) = self.parent(path)?;
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match openat(&parent, name.as_os_str(), flags, Mode::from_bits_truncate(0o644)) {
+        match openat(
+            &parent,
+            name.as_os_str(),
+            flags,
+            Mode::from_bits_truncate(0o644),
+        ) {
             Ok(_) | Err(Errno::EEXIST) => beneath(parent.as_fd(), Path::new(&name), OFlag::O_PATH),
             Err(error) => Err(error),
         }

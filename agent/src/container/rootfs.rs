@@ -1,7 +1,8 @@
 //! The root file system of a container: entered first, furnished afterwards.
 //!
 //! `pivot_root(2)` comes before all mounts. From then on the process's root is the container's, so neither a symlink
-//! nor a `..` of a hostile image leads to anything of the guest; what comes from there is held as detached mounts.
+//! nor a `..` of a hostile image leads to anything of the guest; what comes from there is held as detached mounts. It
+//! takes an agent whose own root is not the initramfs, which `pivot_root` can't leave.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -32,7 +33,10 @@ pub struct Prepared {
 
 /// Opens and makes all that the new process can't reach.
 pub fn prepare(id: &str, spec: &Spec, cgroup: bool, user: bool) -> Result<Prepared, Failure> {
-    let path = spec.root().as_ref().map_or(Path::new(""), |root| root.path());
+    let path = spec
+        .root()
+        .as_ref()
+        .map_or(Path::new(""), |root| root.path());
     let step = format!("root.path {}", path.display());
     let source = Source::of(id, path)
         .ok_or_else(|| Failure::new(step.as_str(), "not a path of this container"))?;
@@ -41,20 +45,37 @@ pub fn prepare(id: &str, spec: &Spec, cgroup: bool, user: bool) -> Result<Prepar
     if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
         return Err(at(step)(Errno::ENOTDIR));
     }
-    let root = mount_api::clone_tree(opened.as_fd(), Depth::Recursive).map_err(at(step.as_str()))?;
+    let root =
+        mount_api::clone_tree(opened.as_fd(), Depth::Recursive).map_err(at(step.as_str()))?;
     let mounts = spec.mounts().as_deref().unwrap_or_default();
-    let own = spec.linux().as_ref().and_then(|linux| linux.devices().as_deref());
+    let own = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_deref());
     let devices = devices::all(own.unwrap_or_default());
-    let borrowed = if user { devices::borrow_from_guest(&devices)? } else { Vec::new() };
-    Ok(Prepared { root, trees: mounts::prepare(id, mounts, cgroup)?, devices, borrowed })
+    let borrowed = if user {
+        devices::borrow_from_guest(&devices)?
+    } else {
+        Vec::new()
+    };
+    Ok(Prepared {
+        root,
+        trees: mounts::prepare(id, mounts, cgroup)?,
+        devices,
+        borrowed,
+    })
 }
 
 /// Makes the container's root the root of the calling process, which is alone in its mount namespace, and lets go of
 /// everything else.
 pub fn enter(prepared: &Prepared) -> Result<Root, Failure> {
     let guest = Root::current().map_err(at("open the guest's root"))?;
-    let private = MountAttr { propagation: MsFlags::MS_PRIVATE.bits(), ..MountAttr::default() };
-    mount_api::set_attr(guest.fd(), Depth::Recursive, &private).map_err(at("make mounts private"))?;
+    let private = MountAttr {
+        propagation: MsFlags::MS_PRIVATE.bits(),
+        ..MountAttr::default()
+    };
+    mount_api::set_attr(guest.fd(), Depth::Recursive, &private)
+        .map_err(at("make mounts private"))?;
     mount_api::attach(prepared.root.as_fd(), guest.fd()).map_err(at("attach the root"))?;
     fchdir(&prepared.root).map_err(at("enter the root"))?;
     // The old root ends up on top of the new one, and "." is what leads to it there (pivot_root(2), NOTES).
@@ -74,11 +95,15 @@ pub fn furnish(
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     mounts::mount_all(root, mounts, &prepared.trees)?;
     // A /dev of the guest's is complete, and not the container's to change.
-    if !mounts.iter().any(|m| m.destination() == Path::new("/dev") && m.source().as_deref().is_some_and(Path::is_absolute)) {
+    if !mounts.iter().any(|m| {
+        m.destination() == Path::new("/dev") && m.source().as_deref().is_some_and(Path::is_absolute)
+    }) {
         devices::make(root, &prepared.devices, &prepared.borrowed)?;
         devices::make_symlinks(root)?;
     }
-    let terminal = terminal.map(|(rows, columns)| console::open(root, rows, columns)).transpose()?;
+    let terminal = terminal
+        .map(|(rows, columns)| console::open(root, rows, columns))
+        .transpose()?;
     if let Some(terminal) = &terminal {
         console::bind_console(root, terminal.slave.as_fd())?;
     }
@@ -92,10 +117,14 @@ pub fn furnish(
 
 /// As other runtimes do; a read-only image without it is left to fail when the directory is entered.
 fn make_cwd(root: &Root, spec: &Spec) -> Result<(), Failure> {
-    let Some(process) = spec.process() else { return Ok(()) };
+    let Some(process) = spec.process() else {
+        return Ok(());
+    };
     match root.directory(process.cwd()) {
         Ok(_) | Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => Ok(()),
-        Err(errno) => Err(at(format!("make process.cwd {}", process.cwd().display()))(errno)),
+        Err(errno) => Err(at(format!("make process.cwd {}", process.cwd().display()))(
+            errno,
+        )),
     }
 }
 
@@ -119,16 +148,23 @@ fn existing(root: &Root, path: &Path) -> nix::Result<Option<OwnedFd>> {
 }
 
 fn make_read_only(root: &Root, path: &Path) -> nix::Result<()> {
-    let Some(target) = existing(root, path)? else { return Ok(()) };
+    let Some(target) = existing(root, path)? else {
+        return Ok(());
+    };
     let tree = mount_api::clone_tree(target.as_fd(), Depth::Recursive)?;
-    let attr = MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+    let attr = MountAttr {
+        set: MOUNT_ATTR_RDONLY,
+        ..MountAttr::default()
+    };
     mount_api::set_attr(tree.as_fd(), Depth::Recursive, &attr)?;
     mount_api::attach(tree.as_fd(), target.as_fd())
 }
 
 /// A directory becomes an empty one that takes nothing, anything else becomes /dev/null.
 fn mask(root: &Root, path: &Path) -> std::io::Result<()> {
-    let Some(target) = existing(root, path)? else { return Ok(()) };
+    let Some(target) = existing(root, path)? else {
+        return Ok(());
+    };
     let is_directory = fstat(&target)?.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
     let cover = if is_directory {
         let parameters = [("nr_blocks", "1"), ("nr_inodes", "1"), ("mode", "755")];
@@ -152,25 +188,22 @@ fn check_is_null(fd: BorrowedFd<'_>) -> nix::Result<()> {
 
 fn finish_root(root: &Root, spec: &Spec) -> Result<(), Failure> {
     if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
-        let attr = MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() };
+        let attr = MountAttr {
+            set: MOUNT_ATTR_RDONLY,
+            ..MountAttr::default()
+        };
         mount_api::set_attr(root.fd(), Depth::One, &attr).map_err(at("make the root read-only"))?;
     }
-    let name = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
+    let name = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.rootfs_propagation().as_deref());
     if let Some((depth, flags)) = name.and_then(options::propagation) {
-        let attr = MountAttr { propagation: flags.bits(), ..MountAttr::default() };
+        let attr = MountAttr {
+            propagation: flags.bits(),
+            ..MountAttr::default()
+        };
         mount_api::set_attr(root.fd(), depth, &attr).map_err(at("set linux.rootfsPropagation"))?;
     }
     Ok(())
-}
-
-/// Gives the agent a root that `pivot_root(2)` can leave, which an initramfs is not: it has no parent mount. PID 1 calls
-/// it before it mounts anything; the rest of the guest then lives in a bind mount of the initramfs on itself.
-pub fn leave_initramfs() -> Result<(), Failure> {
-    let step = "leave the initramfs";
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = nix::fcntl::open("/", flags, Mode::empty()).map_err(at(step))?;
-    let tree = mount_api::clone_tree(root.as_fd(), Depth::One).map_err(at(step))?;
-    mount_api::attach(tree.as_fd(), root.as_fd()).map_err(at(step))?;
-    fchdir(&tree).map_err(at(step))?;
-    nix::unistd::chroot(".").map_err(at(step))
 }

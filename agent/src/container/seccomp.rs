@@ -21,7 +21,9 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, Failure> {
 
 /// Loads the filter into the calling process.
 pub fn load(filter: &ScmpFilterContext) -> Result<(), Failure> {
-    filter.load().map_err(|error| Failure::new("load linux.seccomp", error.to_string()))
+    filter
+        .load()
+        .map_err(|error| Failure::new("load linux.seccomp", error.to_string()))
 }
 
 fn build(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, libseccomp::error::SeccompError> {
@@ -39,7 +41,12 @@ fn build(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, libseccomp::error:
             }
         };
     }
-    for arch in profile.architectures().iter().flatten().map(|arch| architecture(*arch)) {
+    for arch in profile
+        .architectures()
+        .iter()
+        .flatten()
+        .map(|arch| architecture(*arch))
+    {
         if !filter.is_arch_present(arch)? {
             filter.add_arch(arch)?;
         }
@@ -65,7 +72,9 @@ fn add_rule(
     indices.sort_unstable();
     let repeated = indices.windows(2).any(|pair| pair[0] == pair[1]);
     for name in rule.names() {
-        let Ok(syscall) = ScmpSyscall::from_name(name) else { continue };
+        let Ok(syscall) = ScmpSyscall::from_name(name) else {
+            continue;
+        };
         if args.is_empty() {
             filter.add_rule(action, syscall)?;
         } else if repeated {
@@ -110,9 +119,7 @@ fn comparison(arg: &LinuxSeccompArg) -> ScmpArgCompare {
         LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, arg.value()),
         LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, arg.value()),
         // `value` is the mask, `valueTwo` what has to be left.
-        LinuxSeccompOperator::ScmpCmpMaskedEq => {
-            (ScmpCompareOp::MaskedEqual(arg.value()), second)
-        }
+        LinuxSeccompOperator::ScmpCmpMaskedEq => (ScmpCompareOp::MaskedEqual(arg.value()), second),
     };
     let index = u32::try_from(arg.index()).unwrap_or(u32::MAX);
     ScmpArgCompare::new(index, op, value)

@@ -28,7 +28,11 @@ use super::{console, hooks};
 
 /// What the executable does when it is started under the stage's name.
 pub fn main() -> ! {
-    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else {
+    let Ok(socket) = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map(UnixStream::from)
+    else {
         std::process::exit(1);
     };
     let status = match run(&socket) {
@@ -75,7 +79,11 @@ fn streams(stdio: Stdio, fds: &mut Fds) -> Result<Source, Failure> {
         return Ok(Source::Terminal(rows, columns));
     }
     let mut take = |name| fds.remove(&name).map_or_else(null_device, Ok);
-    let streams = [take(FdName::Stdin), take(FdName::Stdout), take(FdName::Stderr)];
+    let streams = [
+        take(FdName::Stdin),
+        take(FdName::Stdout),
+        take(FdName::Stderr),
+    ];
     let [stdin, stdout, stderr] = streams;
     let all = [stdin, stdout, stderr].map(|fd| fd.map_err(at("open /dev/null")));
     let [stdin, stdout, stderr] = all;
@@ -97,7 +105,10 @@ fn create(
         namespaces::unshare_time(linux)?;
     }
     let prepared = rootfs::prepare(id, spec, plan.cgroup, plan.user)?;
-    let score = spec.process().as_ref().and_then(|process| process.oom_score_adj());
+    let score = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.oom_score_adj());
     let born = |pid: Pid| {
         if plan.user {
             namespaces::write_id_maps(pid, linux)?;
@@ -135,7 +146,10 @@ fn init(
         Source::Streams(_) => None,
     };
     let terminal = rootfs::furnish(&root, spec, prepared, size)?;
-    let process = spec.process().as_ref().ok_or_else(|| Failure::new("process", "is missing"))?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| Failure::new("process", "is missing"))?;
     let linux = spec.linux().as_ref();
     let launcher = Launcher::new(
         process,
@@ -145,15 +159,26 @@ fn init(
     launcher.prepare()?;
     let own = spec.hooks().as_ref();
     let state = hooks::state(id, ContainerState::Creating, spec.annotations().as_ref());
-    hooks::run_all("createContainer", own.and_then(|h| h.create_container().as_ref()), &state)?;
+    hooks::run_all(
+        "createContainer",
+        own.and_then(|h| h.create_container().as_ref()),
+        &state,
+    )?;
     let streams = wait_for_go(source, terminal, socket)?;
     let state = hooks::state(id, ContainerState::Created, spec.annotations().as_ref());
-    hooks::run_all("startContainer", own.and_then(|h| h.start_container().as_ref()), &state)?;
+    hooks::run_all(
+        "startContainer",
+        own.and_then(|h| h.start_container().as_ref()),
+        &state,
+    )?;
     launcher.launch(&root, &streams)
 }
 
 fn exec(task: &ExecTask, source: Source, fds: &Fds, socket: &UnixStream) -> Result<(), Failure> {
-    let init = fds.get(&FdName::Init).ok_or_else(|| Failure::new("exec", "no init"))?.as_fd();
+    let init = fds
+        .get(&FdName::Init)
+        .ok_or_else(|| Failure::new("exec", "no init"))?
+        .as_fd();
     join(init, libc::CLONE_NEWPID)?;
     let born = |pid: Pid| set_oom_score(pid, task.process.oom_score_adj());
     match clone(0, fds, task.namespaces, born, socket)? {
@@ -179,8 +204,11 @@ fn further(
         Source::Terminal(rows, columns) => Some(console::open(&root, rows, columns)?),
         Source::Streams(_) => None,
     };
-    let launcher =
-        Launcher::new(&task.process, task.seccomp.as_ref(), task.personality.as_ref())?;
+    let launcher = Launcher::new(
+        &task.process,
+        task.seccomp.as_ref(),
+        task.personality.as_ref(),
+    )?;
     launcher.prepare()?;
     let streams = wait_for_go(source, terminal, socket)?;
     launcher.launch(&root, &streams)
@@ -244,14 +272,21 @@ fn clone(
     born: impl FnOnce(Pid) -> Result<(), Failure>,
     socket: &UnixStream,
 ) -> Result<Side, Failure> {
-    let cgroup = fds.get(&FdName::Cgroup).ok_or_else(|| Failure::new("clone", "no cgroup"))?;
+    let cgroup = fds
+        .get(&FdName::Cgroup)
+        .ok_or_else(|| Failure::new("clone", "no cgroup"))?;
     let (ready, finished) = pipe2(OFlag::O_CLOEXEC).map_err(at("pipe"))?;
     match clone3(flags, cgroup.as_fd()).map_err(at("clone the process"))? {
         Some((pid, pidfd)) => {
             born(pid)?;
-            let report = Report::Cloned { pid: pid.as_raw(), namespaces };
+            let report = Report::Cloned {
+                pid: pid.as_raw(),
+                namespaces,
+            };
             wire::send(socket, &report, &[pidfd.as_fd()]).map_err(at("report the pid"))?;
-            fs::File::from(finished).write_all(&[GO]).map_err(at("let the process go on"))?;
+            fs::File::from(finished)
+                .write_all(&[GO])
+                .map_err(at("let the process go on"))?;
             Ok(Side::Stage)
         }
         None => {
@@ -278,7 +313,11 @@ fn clone3(flags: libc::c_int, cgroup: BorrowedFd<'_>) -> nix::Result<Option<(Pid
     // SAFETY: without CLONE_VM and with no stack given this is a fork, and this process has one thread, so the copy of its
     // memory is consistent. The kernel writes the pidfd before it returns.
     let result = unsafe {
-        libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>())
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
     };
     match Errno::result(result)? {
         0 => Ok(None),

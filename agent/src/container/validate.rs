@@ -25,7 +25,10 @@ type Result<T = ()> = std::result::Result<T, Error>;
 
 /// For a field that can't be honoured.
 pub fn refuse<T>(field: impl Into<String>, reason: impl Into<String>) -> Result<T> {
-    Err(Error::Refused { field: field.into(), reason: reason.into() })
+    Err(Error::Refused {
+        field: field.into(),
+        reason: reason.into(),
+    })
 }
 
 /// Refuses fields which are there and say something.
@@ -38,11 +41,10 @@ fn refuse_present(fields: &[(&str, bool)], reason: &str) -> Result {
 
 /// Parses the JSON of an OCI object and refuses keys that this build doesn't know.
 pub fn parse<T: DeserializeOwned + Serialize>(json: &[u8]) -> Result<T> {
-    let given: Value = serde_json::from_slice(json)
-        .or_else(|error| refuse("JSON", error.to_string()))?;
-    let parsed: T = serde_path_to_error::deserialize(&given).or_else(|error| {
-        refuse(error.path().to_string(), error.inner().to_string())
-    })?;
+    let given: Value =
+        serde_json::from_slice(json).or_else(|error| refuse("JSON", error.to_string()))?;
+    let parsed: T = serde_path_to_error::deserialize(&given)
+        .or_else(|error| refuse(error.path().to_string(), error.inner().to_string()))?;
     let known = serde_json::to_value(&parsed).or_else(|e| refuse("JSON", e.to_string()))?;
     match unknown_key(&given, &known) {
         Some(path) => refuse(path, "is not known"),
@@ -53,21 +55,29 @@ pub fn parse<T: DeserializeOwned + Serialize>(json: &[u8]) -> Result<T> {
 /// The first key of `given` that the parsed object doesn't have.
 fn unknown_key(given: &Value, known: &Value) -> Option<String> {
     let below = |name: String, rest: String| {
-        let dot = if rest.starts_with('[') || rest.is_empty() { "" } else { "." };
+        let dot = if rest.starts_with('[') || rest.is_empty() {
+            ""
+        } else {
+            "."
+        };
         format!("{name}{dot}{rest}")
     };
     match (given, known) {
-        (Value::Object(given), Value::Object(known)) => given.iter().find_map(|(key, value)| {
-            match known.get(key) {
+        (Value::Object(given), Value::Object(known)) => {
+            given.iter().find_map(|(key, value)| match known.get(key) {
                 _ if value.is_null() => None,
                 Some(other) => unknown_key(value, other).map(|rest| below(key.clone(), rest)),
                 None => Some(key.clone()),
-            }
-        }),
-        (Value::Array(given), Value::Array(known)) => {
-            given.iter().zip(known).enumerate().find_map(|(i, (value, other))| {
-                unknown_key(value, other).map(|rest| below(format!("[{i}]"), rest))
             })
+        }
+        (Value::Array(given), Value::Array(known)) => {
+            given
+                .iter()
+                .zip(known)
+                .enumerate()
+                .find_map(|(i, (value, other))| {
+                    unknown_key(value, other).map(|rest| below(format!("[{i}]"), rest))
+                })
         }
         _ => None,
     }
@@ -76,7 +86,10 @@ fn unknown_key(given: &Value, known: &Value) -> Option<String> {
 /// Checks the whole spec of a container.
 pub fn spec(id: &str, spec: &Spec, pod: &SharedNamespaces) -> Result {
     if spec.version().split('.').next() != Some("1") {
-        return refuse("ociVersion", format!("{:?} is not a 1.x version", spec.version()));
+        return refuse(
+            "ociVersion",
+            format!("{:?} is not a 1.x version", spec.version()),
+        );
     }
     let foreign = [
         ("solaris", spec.solaris().is_some()),
@@ -85,7 +98,9 @@ pub fn spec(id: &str, spec: &Spec, pod: &SharedNamespaces) -> Result {
         ("zos", spec.zos().is_some()),
     ];
     refuse_present(&foreign, "belongs to another platform")?;
-    let Some(root) = spec.root() else { return refuse("root", "is missing") };
+    let Some(root) = spec.root() else {
+        return refuse("root", "is missing");
+    };
     path("root.path", root.path())?;
     if !matches!(Source::of(id, root.path()), Some(Source::Share(_))) {
         let reason = format!("{} is not in this container's share", root.path().display());
@@ -94,10 +109,18 @@ pub fn spec(id: &str, spec: &Spec, pod: &SharedNamespaces) -> Result {
     for (i, entry) in spec.mounts().iter().flatten().enumerate() {
         mount(id, i, entry)?;
     }
-    let Some(block) = spec.process() else { return refuse("process", "is missing") };
+    let Some(block) = spec.process() else {
+        return refuse("process", "is missing");
+    };
     process(block, "process.")?;
-    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
-        if name.as_ref().is_some_and(|n| n.len() > MAX_HOST_NAME || n.contains('\0')) {
+    for (field, name) in [
+        ("hostname", spec.hostname()),
+        ("domainname", spec.domainname()),
+    ] {
+        if name
+            .as_ref()
+            .is_some_and(|n| n.len() > MAX_HOST_NAME || n.contains('\0'))
+        {
             return refuse(field, "is longer than 64 bytes or has a NUL in it");
         }
     }
@@ -142,8 +165,14 @@ fn mount(id: &str, i: usize, mount: &Mount) -> Result {
     let destination = mount.destination();
     path(field("destination"), destination)?;
     let mapped = [
-        (&*field("uidMappings"), mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())),
-        (&*field("gidMappings"), mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty())),
+        (
+            &*field("uidMappings"),
+            mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
+        ),
+        (
+            &*field("gidMappings"),
+            mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
+        ),
     ];
     refuse_present(&mapped, "ID-mapped mounts are not supported")?;
     let options = mount.options().as_deref().unwrap_or_default();
@@ -161,7 +190,8 @@ fn mount(id: &str, i: usize, mount: &Mount) -> Result {
     }
     let over_proc = destination == Path::new("/proc") && kind != Kind::Proc;
     let below_proc = destination.starts_with("/proc/");
-    let below_proc = below_proc || (destination.starts_with("/proc") && destination != Path::new("/proc"));
+    let below_proc =
+        below_proc || (destination.starts_with("/proc") && destination != Path::new("/proc"));
     let allowed = PROC_FILES.iter().any(|file| destination == Path::new(file));
     if over_proc || (below_proc && !allowed) {
         let reason = format!("{} would hide a part of /proc", destination.display());
@@ -187,14 +217,25 @@ fn mount(id: &str, i: usize, mount: &Mount) -> Result {
 pub fn process(process: &Process, prefix: &str) -> Result {
     let field = |name: &str| format!("{prefix}{name}");
     let labelled = |label: &Option<String>| {
-        label.as_deref().is_some_and(|l| !l.is_empty() && l != "unconfined")
+        label
+            .as_deref()
+            .is_some_and(|l| !l.is_empty() && l != "unconfined")
     };
     let unsupported = [
-        (&*field("user.username"), process.user().username().is_some()),
+        (
+            &*field("user.username"),
+            process.user().username().is_some(),
+        ),
         (&*field("commandLine"), process.command_line().is_some()),
-        (&*field("apparmorProfile"), labelled(process.apparmor_profile())),
+        (
+            &*field("apparmorProfile"),
+            labelled(process.apparmor_profile()),
+        ),
         (&*field("selinuxLabel"), labelled(process.selinux_label())),
-        (&*field("execCPUAffinity"), process.exec_cpu_affinity().is_some()),
+        (
+            &*field("execCPUAffinity"),
+            process.exec_cpu_affinity().is_some(),
+        ),
     ];
     refuse_present(&unsupported, "is not supported in the guest")?;
     let args = process.args().as_deref().unwrap_or_default();
@@ -205,8 +246,14 @@ pub fn process(process: &Process, prefix: &str) -> Result {
         return refuse(field(&format!("args[{i}]")), "has a NUL in it");
     }
     let env = process.env().as_deref().unwrap_or_default();
-    if let Some(i) = env.iter().position(|e| e.contains('\0') || e.find('=').is_none_or(|at| at == 0)) {
-        return refuse(field(&format!("env[{i}]")), format!("{:?} is not NAME=VALUE", env[i]));
+    if let Some(i) = env
+        .iter()
+        .position(|e| e.contains('\0') || e.find('=').is_none_or(|at| at == 0))
+    {
+        return refuse(
+            field(&format!("env[{i}]")),
+            format!("{:?} is not NAME=VALUE", env[i]),
+        );
     }
     path(field("cwd"), process.cwd())?;
     if let Some(size) = process.console_size()
@@ -214,13 +261,19 @@ pub fn process(process: &Process, prefix: &str) -> Result {
     {
         return refuse(field("consoleSize"), "is larger than 65535");
     }
-    if process.oom_score_adj().is_some_and(|score| !(-1000..=1000).contains(&score)) {
+    if process
+        .oom_score_adj()
+        .is_some_and(|score| !(-1000..=1000).contains(&score))
+    {
         return refuse(field("oomScoreAdj"), "is not between -1000 and 1000");
     }
     let mut seen = HashSet::new();
     for (i, limit) in process.rlimits().iter().flatten().enumerate() {
         if limit.soft() > limit.hard() {
-            return refuse(field(&format!("rlimits[{i}].soft")), "is above the hard limit");
+            return refuse(
+                field(&format!("rlimits[{i}].soft")),
+                "is above the hard limit",
+            );
         }
         if !seen.insert(limit.typ().to_string()) {
             let reason = format!("{} is there twice", limit.typ());
@@ -231,13 +284,17 @@ pub fn process(process: &Process, prefix: &str) -> Result {
         capabilities::parse(set)
             .or_else(|(name, reason)| refuse(field(&format!("capabilities.{name}")), reason))?;
     }
-    process::check_scheduling(process)
-        .or_else(|(name, reason)| refuse(field(name), reason))
+    process::check_scheduling(process).or_else(|(name, reason)| refuse(field(name), reason))
 }
 
-#[allow(deprecated, reason = "prestart is deprecated in the OCI spec, but engines still write it")]
+#[allow(
+    deprecated,
+    reason = "prestart is deprecated in the OCI spec, but engines still write it"
+)]
 fn hooks(spec: &Spec) -> Result {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let Some(hooks) = spec.hooks() else {
+        return Ok(());
+    };
     let there = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|l| !l.is_empty());
     let on_the_host = [
         ("hooks.prestart", there(hooks.prestart())),
@@ -253,7 +310,10 @@ fn hooks(spec: &Spec) -> Result {
         for (i, hook) in list.iter().flatten().enumerate() {
             path(format!("hooks.{name}[{i}].path"), hook.path())?;
             if hook.timeout().is_some_and(|seconds| seconds <= 0) {
-                return refuse(format!("hooks.{name}[{i}].timeout"), "is not greater than 0");
+                return refuse(
+                    format!("hooks.{name}[{i}].timeout"),
+                    "is not greater than 0",
+                );
             }
         }
     }
@@ -264,8 +324,14 @@ fn linux(id: &str, linux: &Linux, pod: &SharedNamespaces) -> Result {
     let unsupported = [
         ("linux.intelRdt", linux.intel_rdt().is_some()),
         ("linux.memoryPolicy", linux.memory_policy().is_some()),
-        ("linux.netDevices", linux.net_devices().as_ref().is_some_and(|d| !d.is_empty())),
-        ("linux.mountLabel", linux.mount_label().as_ref().is_some_and(|l| !l.is_empty())),
+        (
+            "linux.netDevices",
+            linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()),
+        ),
+        (
+            "linux.mountLabel",
+            linux.mount_label().as_ref().is_some_and(|l| !l.is_empty()),
+        ),
         (
             "linux.personality.flags",
             linux
@@ -282,18 +348,32 @@ fn linux(id: &str, linux: &Linux, pod: &SharedNamespaces) -> Result {
         let reason = format!("{} doesn't end in the container's id", cgroup.display());
         return refuse("linux.cgroupsPath", reason);
     }
-    if let Some(name) = linux.rootfs_propagation().as_deref().filter(|name| !name.is_empty())
+    if let Some(name) = linux
+        .rootfs_propagation()
+        .as_deref()
+        .filter(|name| !name.is_empty())
         && options::propagation(name).is_none()
     {
         return refuse("linux.rootfsPropagation", format!("{name:?} is not known"));
     }
     for (key, value) in linux.sysctl().iter().flatten() {
         if !is_namespaced_sysctl(key) || value.contains('\0') {
-            return refuse(format!("linux.sysctl.{key}"), "is not a sysctl of the pod's namespaces");
+            return refuse(
+                format!("linux.sysctl.{key}"),
+                "is not a sysctl of the pod's namespaces",
+            );
         }
     }
-    let masked = linux.masked_paths().iter().flatten().map(|path| ("linux.maskedPaths", path));
-    let readonly = linux.readonly_paths().iter().flatten().map(|path| ("linux.readonlyPaths", path));
+    let masked = linux
+        .masked_paths()
+        .iter()
+        .flatten()
+        .map(|path| ("linux.maskedPaths", path));
+    let readonly = linux
+        .readonly_paths()
+        .iter()
+        .flatten()
+        .map(|path| ("linux.readonlyPaths", path));
     for (field, entry) in masked.chain(readonly) {
         path(field, Path::new(entry))?;
     }
@@ -318,8 +398,15 @@ fn namespaces(linux: &Linux, pod: &SharedNamespaces) -> Result {
         if !seen.insert(namespace.typ() as u32) {
             return refuse(name, "is there twice");
         }
-        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
-            return refuse(format!("{name}.path"), "a namespace of the guest can't be named by path");
+        if namespace
+            .path()
+            .as_ref()
+            .is_some_and(|path| !path.as_os_str().is_empty())
+        {
+            return refuse(
+                format!("{name}.path"),
+                "a namespace of the guest can't be named by path",
+            );
         }
     }
     let has = |kind: LinuxNamespaceType| seen.contains(&(kind as u32));
@@ -327,7 +414,10 @@ fn namespaces(linux: &Linux, pod: &SharedNamespaces) -> Result {
         return refuse("linux.namespaces", "no mount namespace");
     }
     if !has(LinuxNamespaceType::Pid) && pod.pid.is_none() {
-        return refuse("linux.namespaces", "no pid namespace, and the pod shares none");
+        return refuse(
+            "linux.namespaces",
+            "no pid namespace, and the pod shares none",
+        );
     }
     let empty = |list: &Option<Vec<_>>| list.as_ref().is_none_or(Vec::is_empty);
     let mappings = [
@@ -341,13 +431,22 @@ fn namespaces(linux: &Linux, pod: &SharedNamespaces) -> Result {
             _ => {}
         }
     }
-    let offsets = linux.time_offsets().as_ref().filter(|offsets| !offsets.is_empty());
+    let offsets = linux
+        .time_offsets()
+        .as_ref()
+        .filter(|offsets| !offsets.is_empty());
     if let Some(offsets) = offsets {
         if !has(LinuxNamespaceType::Time) {
             return refuse("linux.timeOffsets", "there is no time namespace");
         }
-        if let Some(clock) = offsets.keys().find(|k| !["monotonic", "boottime"].contains(&k.as_str())) {
-            return refuse(format!("linux.timeOffsets.{clock}"), "is no clock with an offset");
+        if let Some(clock) = offsets
+            .keys()
+            .find(|k| !["monotonic", "boottime"].contains(&k.as_str()))
+        {
+            return refuse(
+                format!("linux.timeOffsets.{clock}"),
+                "is no clock with an offset",
+            );
         }
     }
     Ok(())
@@ -374,12 +473,21 @@ fn is_namespaced_sysctl(key: &str) -> bool {
 fn seccomp(filter: &LinuxSeccomp) -> Result {
     let given = |text: bool| text;
     let notify = [
-        ("linux.seccomp.listenerPath", given(filter.listener_path().is_some())),
-        ("linux.seccomp.listenerMetadata", filter.listener_metadata().is_some()),
+        (
+            "linux.seccomp.listenerPath",
+            given(filter.listener_path().is_some()),
+        ),
+        (
+            "linux.seccomp.listenerMetadata",
+            filter.listener_metadata().is_some(),
+        ),
     ];
     refuse_present(&notify, "no listener can be reached from the guest")?;
     if filter.default_action() == LinuxSeccompAction::ScmpActNotify {
-        return refuse("linux.seccomp.defaultAction", "SCMP_ACT_NOTIFY is not supported");
+        return refuse(
+            "linux.seccomp.defaultAction",
+            "SCMP_ACT_NOTIFY is not supported",
+        );
     }
     for (i, rule) in filter.syscalls().iter().flatten().enumerate() {
         if rule.action() == LinuxSeccompAction::ScmpActNotify {
@@ -399,28 +507,51 @@ pub fn resources(resources: &LinuxResources, prefix: &str) -> Result {
     let field = |name: &str| format!("{prefix}{name}");
     if let Some(memory) = resources.memory() {
         let v1 = [
-            (&*field("memory.kernel"), memory.kernel().is_some_and(|v| v > 0)),
-            (&*field("memory.kernelTCP"), memory.kernel_tcp().is_some_and(|v| v > 0)),
+            (
+                &*field("memory.kernel"),
+                memory.kernel().is_some_and(|v| v > 0),
+            ),
+            (
+                &*field("memory.kernelTCP"),
+                memory.kernel_tcp().is_some_and(|v| v > 0),
+            ),
             (&*field("memory.swappiness"), memory.swappiness().is_some()),
-            (&*field("memory.disableOOMKiller"), memory.disable_oom_killer() == Some(true)),
+            (
+                &*field("memory.disableOOMKiller"),
+                memory.disable_oom_killer() == Some(true),
+            ),
         ];
         refuse_present(&v1, "has no equivalent in cgroup v2")?;
     }
     if let Some(cpu) = resources.cpu() {
         let v1 = [
-            (&*field("cpu.realtimeRuntime"), cpu.realtime_runtime().is_some_and(|v| v != 0)),
-            (&*field("cpu.realtimePeriod"), cpu.realtime_period().is_some_and(|v| v != 0)),
+            (
+                &*field("cpu.realtimeRuntime"),
+                cpu.realtime_runtime().is_some_and(|v| v != 0),
+            ),
+            (
+                &*field("cpu.realtimePeriod"),
+                cpu.realtime_period().is_some_and(|v| v != 0),
+            ),
         ];
         refuse_present(&v1, "has no equivalent in cgroup v2")?;
     }
     if let Some(io) = resources.block_io() {
         let leaf = |weight: Option<u16>| weight.is_some_and(|v| v != 0);
-        let by_device = io.weight_device().iter().flatten().any(|d| leaf(d.leaf_weight()));
-        let v1 = [(&*field("blockIO.leafWeight"), leaf(io.leaf_weight()) || by_device)];
+        let by_device = io
+            .weight_device()
+            .iter()
+            .flatten()
+            .any(|d| leaf(d.leaf_weight()));
+        let v1 = [(
+            &*field("blockIO.leafWeight"),
+            leaf(io.leaf_weight()) || by_device,
+        )];
         refuse_present(&v1, "has no equivalent in cgroup v2")?;
     }
     let network = resources.network().as_ref().is_some_and(|n| {
-        n.class_id().is_some_and(|v| v != 0) || n.priorities().as_ref().is_some_and(|p| !p.is_empty())
+        n.class_id().is_some_and(|v| v != 0)
+            || n.priorities().as_ref().is_some_and(|p| !p.is_empty())
     });
     let rdma = resources.rdma().as_ref().is_some_and(|r| !r.is_empty());
     refuse_present(
@@ -428,15 +559,29 @@ pub fn resources(resources: &LinuxResources, prefix: &str) -> Result {
         "is not supported in the guest",
     )?;
     for huge in resources.hugepage_limits().iter().flatten() {
-        if huge.page_size().is_empty() || !huge.page_size().bytes().all(|b| b.is_ascii_alphanumeric()) {
-            return refuse(field("hugepageLimits"), format!("{:?} is no page size", huge.page_size()));
+        if huge.page_size().is_empty()
+            || !huge.page_size().bytes().all(|b| b.is_ascii_alphanumeric())
+        {
+            return refuse(
+                field("hugepageLimits"),
+                format!("{:?} is no page size", huge.page_size()),
+            );
         }
     }
     for (key, value) in resources.unified().iter().flatten() {
         let name = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-        let controller = key.split_once('.').is_some_and(|(c, rest)| !c.is_empty() && !rest.is_empty());
-        if !controller || key.starts_with("cgroup.") || !key.bytes().all(name) || value.contains('\0') {
-            return refuse(field(&format!("unified.{key}")), "is no file of a controller");
+        let controller = key
+            .split_once('.')
+            .is_some_and(|(c, rest)| !c.is_empty() && !rest.is_empty());
+        if !controller
+            || key.starts_with("cgroup.")
+            || !key.bytes().all(name)
+            || value.contains('\0')
+        {
+            return refuse(
+                field(&format!("unified.{key}")),
+                "is no file of a controller",
+            );
         }
     }
     for (i, rule) in resources.devices().iter().flatten().enumerate() {

@@ -55,7 +55,10 @@ pub struct ExecTask {
 pub enum Stdio {
     /// The streams among the descriptors; those missing are /dev/null.
     Streams,
-    Terminal { rows: u16, columns: u16 },
+    Terminal {
+        rows: u16,
+        columns: u16,
+    },
 }
 
 /// What a descriptor of [`Work`] is.
@@ -96,10 +99,16 @@ pub fn send<T: Serialize>(
     fds: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
     let body = serde_json::to_vec(message)?;
-    let length = u32::try_from(body.len()).map_err(io::Error::other)?.to_le_bytes();
+    let length = u32::try_from(body.len())
+        .map_err(io::Error::other)?
+        .to_le_bytes();
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+    let control = if raw.is_empty() {
+        &rights[..0]
+    } else {
+        &rights[..]
+    };
     let sent = sendmsg::<()>(
         socket.as_raw_fd(),
         &[IoSlice::new(&length)],
@@ -126,7 +135,10 @@ pub fn receive<T: DeserializeOwned>(socket: &UnixStream) -> io::Result<Option<(T
     for control in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = control {
             // SAFETY: the kernel has just installed these descriptors for us and nobody else knows them.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            fds.extend(
+                raw.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
         }
     }
     let got = received.bytes;

@@ -51,22 +51,36 @@ fn run(code: &[Instruction], kind: u32, access: u32, major: u32, minor: u32) -> 
 
 /// The rules as the spec tells them: for each access the last rule that matches decides.
 fn expected(rules: &[Rule], kind: u32, access: u32, major: u32, minor: u32) -> bool {
-    [MKNOD, READ, WRITE].into_iter().filter(|bit| access & u32::from(*bit) != 0).all(|bit| {
-        let last = rules.iter().rev().find(|rule| {
-            rule.access & bit != 0
-                && rule.kind.is_none_or(|k| k as u32 == kind)
-                && rule.major.is_none_or(|m| m == major)
-                && rule.minor.is_none_or(|m| m == minor)
-        });
-        last.is_some_and(|rule| rule.allow)
-    })
+    [MKNOD, READ, WRITE]
+        .into_iter()
+        .filter(|bit| access & u32::from(*bit) != 0)
+        .all(|bit| {
+            let last = rules.iter().rev().find(|rule| {
+                rule.access & bit != 0
+                    && rule.kind.is_none_or(|k| k as u32 == kind)
+                    && rule.major.is_none_or(|m| m == major)
+                    && rule.minor.is_none_or(|m| m == minor)
+            });
+            last.is_some_and(|rule| rule.allow)
+        })
 }
 
 fn any_rule() -> impl Strategy<Value = Rule> {
     let kind = prop_oneof![Just(None), Just(Some(Kind::Block)), Just(Some(Kind::Char))];
-    (any::<bool>(), kind, prop::option::of(0..3u32), prop::option::of(0..3u32), 0..8u8).prop_map(
-        |(allow, kind, major, minor, access)| Rule { allow, kind, major, minor, access },
+    (
+        any::<bool>(),
+        kind,
+        prop::option::of(0..3u32),
+        prop::option::of(0..3u32),
+        0..8u8,
     )
+        .prop_map(|(allow, kind, major, minor, access)| Rule {
+            allow,
+            kind,
+            major,
+            minor,
+            access,
+        })
 }
 
 proptest! {
@@ -82,9 +96,20 @@ proptest! {
 
 #[test]
 fn rules_of_the_spec_are_parsed() {
-    let deny_all = LinuxDeviceCgroupBuilder::default().allow(false).access("rwm").build().unwrap();
+    let deny_all = LinuxDeviceCgroupBuilder::default()
+        .allow(false)
+        .access("rwm")
+        .build()
+        .unwrap();
     let parsed = rule(&deny_all).unwrap();
-    assert_eq!((parsed.allow, parsed.kind, parsed.access), (false, None, MKNOD | READ | WRITE));
-    let odd = LinuxDeviceCgroupBuilder::default().allow(true).access("rx").build().unwrap();
+    assert_eq!(
+        (parsed.allow, parsed.kind, parsed.access),
+        (false, None, MKNOD | READ | WRITE)
+    );
+    let odd = LinuxDeviceCgroupBuilder::default()
+        .allow(true)
+        .access("rx")
+        .build()
+        .unwrap();
     assert_eq!(rule(&odd), Err("access is made of r, w and m"));
 }
