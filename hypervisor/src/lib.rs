@@ -1,5 +1,42 @@
 //! The hypervisor processes of Coffer: `coffer-vmm`, our own VMM on KVM, and `coffer-qemu`, which drives QEMU.
+//!
+//! Reading order for `coffer-vmm`: [`machine`] builds a VM in one straight recipe, [`jail`] and [`seccomp`] lock the
+//! process up, [`vcpu`] runs the guest, [`event_loop`] serves devices and the shim ([`control`]) until the VM ends.
 
+pub mod boot;
+pub mod bus;
+pub mod clock;
+pub mod control;
+pub mod cpuid;
+pub mod event_loop;
+pub mod jail;
+pub mod layout;
+pub mod machine;
 pub mod memory;
+pub mod metrics;
+pub mod mptable;
 pub mod qemu;
+pub mod ring;
+pub mod seccomp;
+pub mod vcpu;
 pub mod virtio;
+
+/// Writes one line to the log, which is standard error and belongs to the shim. For what happens once, or is counted by
+/// the caller: a guest must not be able to call this in a loop.
+pub fn report(line: &str) {
+    use std::io::Write;
+    // A log that can't be written must not stop a VM.
+    let _ = writeln!(std::io::stderr(), "coffer-vmm: {line}");
+}
+
+/// An error with all its causes, in one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}

@@ -65,7 +65,9 @@ pub trait VirtioDevice: Send {
 
     /// Gives the device another backing file while the VM runs (the tap of a network slot), or takes it away.
     fn set_backend(&mut self, _backend: Option<OwnedFd>) -> Result<(), DeviceError> {
-        Err(DeviceError::fatal("the device has no exchangeable backing file"))
+        Err(DeviceError::fatal(
+            "the device has no exchangeable backing file",
+        ))
     }
 
     /// Counters for [`coffer_proto::vmm::Metrics::devices`], without the device's name.
@@ -151,7 +153,11 @@ impl Interrupt {
     }
 
     pub(crate) fn status(&self) -> u32 {
-        let foreign = if self.handed_over.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        let foreign = if self.handed_over.load(Ordering::SeqCst) {
+            USED_BUFFER
+        } else {
+            0
+        };
         self.status.load(Ordering::SeqCst) | foreign
     }
 

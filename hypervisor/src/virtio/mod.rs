@@ -7,12 +7,17 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod device;
 #[cfg(test)]
 mod driver;
+#[cfg(test)]
+pub(crate) mod fake_driver;
 pub mod fs;
+pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rng;
 pub mod vsock;
 
 pub use device::{Activation, DeviceError, Interrupt, VirtioDevice};

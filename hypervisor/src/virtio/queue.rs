@@ -22,14 +22,22 @@ pub enum QueueError {
     /// Also: available index too far ahead.
     #[error("a ring of the queue can't be used")]
     Ring(#[source] virtio_queue::Error),
-    #[error("the descriptor chain at {head} has no end, or an index or indirect table out of bounds")]
+    #[error(
+        "the descriptor chain at {head} has no end, or an index or indirect table out of bounds"
+    )]
     BrokenChain { head: u16 },
     #[error("the descriptor chain at {head} is longer than the queue")]
     LongChain { head: u16 },
     #[error("the descriptor chain at {head} has a readable buffer after a writable one")]
     Order { head: u16 },
-    #[error("the descriptor chain at {head} has a buffer outside RAM: {length} bytes at {address:#x}")]
-    OutsideRam { head: u16, address: u64, length: u32 },
+    #[error(
+        "the descriptor chain at {head} has a buffer outside RAM: {length} bytes at {address:#x}"
+    )]
+    OutsideRam {
+        head: u16,
+        address: u64,
+        length: u32,
+    },
     #[error("the descriptor chain at {head} has {have} bytes where the device needs {want}")]
     Short { head: u16, have: usize, want: usize },
 }
@@ -61,8 +69,14 @@ pub struct Chain {
 /// Takes the next chain from the available ring.
 pub fn pop(queue: &mut Queue, memory: &Memory) -> Result<Option<Chain>, QueueError> {
     let limit = usize::from(queue.size());
-    let Some(descriptors) = queue.iter(memory).map_err(QueueError::Ring)?.next() else { return Ok(None) };
-    let mut chain = Chain { head: descriptors.head_index(), readable: Vec::new(), writable: Vec::new() };
+    let Some(descriptors) = queue.iter(memory).map_err(QueueError::Ring)?.next() else {
+        return Ok(None);
+    };
+    let mut chain = Chain {
+        head: descriptors.head_index(),
+        readable: Vec::new(),
+        writable: Vec::new(),
+    };
     let head = chain.head;
     let mut ended = false;
     for descriptor in descriptors {
@@ -72,7 +86,11 @@ pub fn pop(queue: &mut Queue, memory: &Memory) -> Result<Option<Chain>, QueueErr
         ended = !descriptor.has_next();
         let (address, length) = (descriptor.addr(), descriptor.len());
         if memory.get_slice(address, length as usize).is_err() {
-            return Err(QueueError::OutsideRam { head, address: address.0, length });
+            return Err(QueueError::OutsideRam {
+                head,
+                address: address.0,
+                length,
+            });
         }
         let buffer = Buffer { address, length };
         if descriptor.is_write_only() {
@@ -83,12 +101,18 @@ pub fn pop(queue: &mut Queue, memory: &Memory) -> Result<Option<Chain>, QueueErr
             return Err(QueueError::Order { head });
         }
     }
-    if ended { Ok(Some(chain)) } else { Err(QueueError::BrokenChain { head }) }
+    if ended {
+        Ok(Some(chain))
+    } else {
+        Err(QueueError::BrokenChain { head })
+    }
 }
 
 /// Gives a chain back with the number of bytes written into it.
 pub fn push(queue: &mut Queue, memory: &Memory, head: u16, written: u32) -> Result<(), QueueError> {
-    queue.add_used(memory, head, written).map_err(QueueError::Ring)
+    queue
+        .add_used(memory, head, written)
+        .map_err(QueueError::Ring)
 }
 
 /// Interrupts the driver about what was pushed, where it wants to know.
@@ -138,30 +162,57 @@ impl Chain {
     }
 
     /// Reads a structure at `offset` of the readable part.
-    pub fn read_obj<T: ByteValued + Default>(&self, memory: &Memory, offset: usize) -> Result<T, QueueError> {
+    pub fn read_obj<T: ByteValued + Default>(
+        &self,
+        memory: &Memory,
+        offset: usize,
+    ) -> Result<T, QueueError> {
         let mut value = T::default();
         self.read(memory, offset, value.as_mut_slice())?;
         Ok(value)
     }
 
     /// Writes a structure at `offset` of the writable part.
-    pub fn write_obj<T: ByteValued>(&self, memory: &Memory, offset: usize, value: &T) -> Result<(), QueueError> {
+    pub fn write_obj<T: ByteValued>(
+        &self,
+        memory: &Memory,
+        offset: usize,
+        value: &T,
+    ) -> Result<(), QueueError> {
         self.write(memory, offset, value.as_slice())
     }
 
     /// Up to `length` bytes of the readable part from `offset`, as host memory (for writev).
-    pub fn readable_slices<'m>(&self, memory: &'m Memory, offset: usize, length: usize) -> Vec<VolatileSlice<'m>> {
+    pub fn readable_slices<'m>(
+        &self,
+        memory: &'m Memory,
+        offset: usize,
+        length: usize,
+    ) -> Vec<VolatileSlice<'m>> {
         slices(&self.readable, memory, offset, length)
     }
 
     /// Up to `length` bytes of the writable part from `offset`, as host memory (for readv).
-    pub fn writable_slices<'m>(&self, memory: &'m Memory, offset: usize, length: usize) -> Vec<VolatileSlice<'m>> {
+    pub fn writable_slices<'m>(
+        &self,
+        memory: &'m Memory,
+        offset: usize,
+        length: usize,
+    ) -> Vec<VolatileSlice<'m>> {
         slices(&self.writable, memory, offset, length)
     }
 
     fn want(&self, have: usize, offset: usize, length: usize) -> Result<(), QueueError> {
         let want = offset.saturating_add(length);
-        if want > have { Err(QueueError::Short { head: self.head, have, want }) } else { Ok(()) }
+        if want > have {
+            Err(QueueError::Short {
+                head: self.head,
+                have,
+                want,
+            })
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -169,7 +220,12 @@ fn total(buffers: &[Buffer]) -> usize {
     buffers.iter().map(|b| b.length as usize).sum()
 }
 
-fn slices<'m>(buffers: &[Buffer], memory: &'m Memory, mut offset: usize, mut length: usize) -> Vec<VolatileSlice<'m>> {
+fn slices<'m>(
+    buffers: &[Buffer],
+    memory: &'m Memory,
+    mut offset: usize,
+    mut length: usize,
+) -> Vec<VolatileSlice<'m>> {
     let mut slices = Vec::with_capacity(buffers.len());
     for buffer in buffers {
         let size = buffer.length as usize;
@@ -182,7 +238,11 @@ fn slices<'m>(buffers: &[Buffer], memory: &'m Memory, mut offset: usize, mut len
             break;
         }
         let address = GuestAddress(buffer.address.0 + offset as u64);
-        slices.push(memory.get_slice(address, take).expect("pop() saw this range in RAM, and RAM never goes away"));
+        slices.push(
+            memory
+                .get_slice(address, take)
+                .expect("pop() saw this range in RAM, and RAM never goes away"),
+        );
         offset = 0;
         length -= take;
     }

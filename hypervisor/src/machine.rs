@@ -1,0 +1,368 @@
+//! A virtual machine, from its configuration to vCPUs that wait for the word to run.
+//!
+//! [`Machine::build`] is the boot recipe: read it from top to bottom and you know everything the guest finds. The process
+//! has entered its jail before, because nothing here opens a path.
+
+use crate::boot::{self, BootError};
+use crate::bus::{Bus, SerialLine, SerialPort, SharedRing};
+use crate::cpuid;
+use crate::layout::{
+    FIRST_VIRTIO_GSI, KVM_TSS, LAST_GSI, SERIAL_GSI, START_INFO, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
+};
+use crate::memory::{self, MemoryError};
+use crate::ring::ConsoleRing;
+use crate::vcpu::{
+    self, ExitCounts, Notice, Notices, RunningVcpu, Vcpu, VcpuContext, VcpuError, Wanted,
+};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::block::Block;
+use crate::virtio::console::Console;
+use crate::virtio::fs::Fs;
+use crate::virtio::mmio::{QUEUE_NOTIFY, Slot, Transport};
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Muxer, Vsock};
+use crate::virtio::{Memory, VirtioDevice};
+use coffer_proto::limits::{MAX_DISKS, MAX_NICS, MAX_VCPUS};
+use coffer_proto::vmm::{ControlError, Exit, Files, VmConfig, VsockConfig};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use std::fs::File;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use vm_superio::Serial;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Why a VM can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("the VM configuration asks for {what} {value}, outside {low} to {high}")]
+    OutOfRange {
+        what: &'static str,
+        value: u64,
+        low: u64,
+        high: u64,
+    },
+    #[error("a file of the VM configuration is missing")]
+    Files(#[from] ControlError),
+    #[error("this KVM lacks {0}")]
+    Capability(&'static str),
+    #[error("KVM refuses the {0}")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error("the {0} can't be made")]
+    Device(
+        &'static str,
+        #[source] Box<dyn std::error::Error + Send + Sync>,
+    ),
+    #[error("vCPU {0} did not get ready: {1:?}")]
+    NotReady(u8, Option<Exit>),
+    #[error("{0} virtio devices need more interrupt lines than there are")]
+    Interrupts(usize),
+}
+
+/// A VM with all its parts.
+#[derive(Debug)]
+pub struct Machine {
+    pub vcpus: Vec<RunningVcpu>,
+    pub slots: Vec<Arc<Slot>>,
+    pub bus: Arc<Bus>,
+    pub exits: Arc<ExitCounts>,
+    pub notices: Receiver<Notice>,
+    /// Wakes the event loop for notices and for device work.
+    pub wake: Arc<EventFd>,
+    /// Index in `slots` of the first network slot.
+    first_nic: usize,
+    nics: usize,
+    /// Number of the latest wish of [`Machine::want`].
+    pub wish: u64,
+    /// Size of the largest disk the guest may write to.
+    pub largest_disk: u64,
+    /// Keeps the VM and its memory for as long as vCPUs may run.
+    _vm: VmFd,
+    _memory: Memory,
+}
+
+/// Limits that the machine itself has. The shim checked them too, but this is where they hold.
+pub fn check(config: &VmConfig) -> Result<(), MachineError> {
+    // 16 MiB: the kernel alone does not fit into less. 1 TiB: beyond what any host address width is asked for here.
+    let ranges = [
+        ("vCPUs", u64::from(config.vcpus), 1, u64::from(MAX_VCPUS)),
+        ("MiB of memory", u64::from(config.memory_mib), 16, 1 << 20),
+        (
+            "network interfaces",
+            config.nics.len() as u64,
+            0,
+            MAX_NICS as u64,
+        ),
+        ("disks", config.disks.len() as u64, 0, MAX_DISKS as u64),
+    ];
+    match ranges
+        .into_iter()
+        .find(|(_, value, low, high)| value < low || value > high)
+    {
+        Some((what, value, low, high)) => Err(MachineError::OutOfRange {
+            what,
+            value,
+            low,
+            high,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Makes an empty VM from an open `/dev/kvm`.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+    if let Some(missing) = vcpu::missing_capability(kvm) {
+        return Err(MachineError::Capability(missing));
+    }
+    loop {
+        match kvm.create_vm() {
+            // KVM waits for a kernel thread here and can be interrupted.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(|error| MachineError::Kvm("virtual machine", error)),
+        }
+    }
+}
+
+impl Machine {
+    /// Builds the whole machine. Its vCPUs have their threads and wait, paused.
+    pub fn build(
+        kvm: &Kvm,
+        vm: VmFd,
+        config: &VmConfig,
+        files: &mut Files,
+    ) -> Result<Self, MachineError> {
+        // Guest RAM, known to KVM.
+        let memory = memory::create(u64::from(config.memory_mib) << 20)?;
+        memory::register(&memory, &vm)?;
+
+        // Interrupt controllers and timer, inside KVM.
+        let refused = |what| move |error| MachineError::Kvm(what, error);
+        vm.set_tss_address(KVM_TSS).map_err(refused("TSS pages"))?;
+        vm.create_irq_chip()
+            .map_err(refused("interrupt controllers"))?;
+        let speaker = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(speaker).map_err(refused("timer"))?;
+
+        // Devices, in the order the guest finds them.
+        let (queue, notices) = mpsc::channel();
+        let wake = Arc::new(event().map_err(device("event loop"))?);
+        let ring =
+            ConsoleRing::new(files.take(config.console)?.into()).map_err(device("console ring"))?;
+        let ring = SharedRing(Arc::new(Mutex::new(ring)));
+        let (devices, largest_disk) = devices(config, files, &ring)?;
+        let first_nic = devices
+            .iter()
+            .position(|(name, _)| name.starts_with("net"))
+            .unwrap_or(devices.len());
+        let slots = attach(&vm, &memory, devices, &wake)?;
+
+        // Kernel, initrd, command line, MP table.
+        let devices: Vec<String> = (0..slots.len()).map(command_line_entry).collect();
+        let command_line = boot::command_line(&devices, &config.cmdline)?;
+        let (kernel, initrd) = (
+            files.take(config.kernel)?.into(),
+            files.take(config.initrd)?.into(),
+        );
+        let entry = boot::load(&memory, kernel, initrd, &command_line, config.vcpus)?;
+
+        // What vCPUs reach outside RAM. The serial port only where the command line wants it.
+        let notice_sender = Notices::new(queue, wake.clone());
+        let debug = command_line.contains("ttyS0") || command_line.contains("earlyprintk=serial");
+        let serial = if debug {
+            Some(serial_port(&vm, &ring)?)
+        } else {
+            None
+        };
+        let bus = Arc::new(Bus::new(slots.clone(), serial, notice_sender.clone()));
+
+        // vCPUs, the first one at the kernel's entry; the others wait for the guest to start them.
+        let supported = cpuid::supported(kvm).map_err(refused("CPUID query"))?;
+        let vcpus: Result<Vec<_>, _> = (0..config.vcpus)
+            .map(|id| Vcpu::new(&vm, id, config.vcpus, &supported))
+            .collect();
+        let mut vcpus = vcpus?;
+        vcpus[0].enter_at(entry, START_INFO)?;
+
+        // Their threads.
+        vcpu::install_kick_handler()?;
+        let exits = Arc::new(ExitCounts::default());
+        let context = VcpuContext {
+            bus: bus.clone(),
+            notices: notice_sender,
+            exits: exits.clone(),
+        };
+        let vcpus: Result<Vec<_>, _> = vcpus
+            .into_iter()
+            .map(|vcpu| vcpu.start(context.clone()))
+            .collect();
+
+        let nics = config.nics.len();
+        Ok(Self {
+            vcpus: vcpus?,
+            slots,
+            bus,
+            exits,
+            notices,
+            wake,
+            first_nic,
+            nics,
+            wish: 0,
+            largest_disk,
+            _vm: vm,
+            _memory: memory,
+        })
+    }
+
+    /// Waits until every vCPU thread stands ready, under its system call filter.
+    pub fn wait_until_ready(&self) -> Result<(), MachineError> {
+        let mut ready = 0;
+        while ready < self.vcpus.len() {
+            match self.notices.recv() {
+                Ok(Notice::Finished { vcpu, exit }) => {
+                    return Err(MachineError::NotReady(vcpu, exit));
+                }
+                Ok(_) => ready += 1,
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells all vCPUs what to do.
+    pub fn want(&mut self, wanted: Wanted) {
+        self.wish += 1;
+        for vcpu in &self.vcpus {
+            vcpu.want(wanted, self.wish);
+        }
+    }
+
+    /// The device of network slot `nic`.
+    pub fn nic(&self, nic: u8) -> Option<usize> {
+        (usize::from(nic) < self.nics).then(|| self.first_nic + usize::from(nic))
+    }
+}
+
+fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    what: &'static str,
+) -> impl Fn(E) -> MachineError {
+    move |error| MachineError::Device(what, error.into())
+}
+
+fn event() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+}
+
+type NamedDevice = (String, Box<dyn VirtioDevice>);
+
+/// All virtio devices of the configuration, with the names that logs and counters use, and the size of the largest
+/// writable disk.
+fn devices(
+    config: &VmConfig,
+    files: &mut Files,
+    ring: &SharedRing,
+) -> Result<(Vec<NamedDevice>, u64), MachineError> {
+    let mut devices: Vec<NamedDevice> = vec![
+        ("console".into(), Box::new(Console::new(ring.clone()))),
+        ("rng".into(), Box::new(Rng::default())),
+    ];
+    devices.push(("vsock".into(), Box::new(vsock(&config.vsock, files)?)));
+    if let Some(fs) = &config.fs {
+        let fs = Fs::new(&fs.tag, files.take(fs.socket)?).map_err(device("file share"))?;
+        devices.push(("fs".into(), Box::new(fs)));
+    }
+    for (n, nic) in config.nics.iter().enumerate() {
+        let tap = nic.tap.map(|tap| files.take(tap)).transpose()?;
+        devices.push((
+            format!("net{n}"),
+            Box::new(Net::new(nic.mac, tap).map_err(device("network interface"))?),
+        ));
+    }
+    let mut largest_disk = 0;
+    for (n, disk) in config.disks.iter().enumerate() {
+        let file = File::from(files.take(disk.file)?);
+        if !disk.read_only {
+            largest_disk = largest_disk.max(file.metadata().map_err(device("disk"))?.len());
+        }
+        let disk =
+            Block::new(&disk.serial, Some(file.into()), disk.read_only).map_err(device("disk"))?;
+        devices.push((format!("disk{n}"), Box::new(disk)));
+    }
+    if config.balloon {
+        devices.push(("balloon".into(), Box::new(Balloon::new())));
+    }
+    Ok((devices, largest_disk))
+}
+
+fn vsock(config: &VsockConfig, files: &mut Files) -> Result<Vsock, MachineError> {
+    let listener = UnixListener::from(files.take(config.listener)?);
+    let mut ports = Vec::with_capacity(config.ports.len());
+    for port in &config.ports {
+        ports.push((port.port, UnixStream::from(files.take(port.socket)?)));
+    }
+    let muxer = Muxer::new(config.guest_cid, listener, ports).map_err(device("vsock"))?;
+    Ok(Vsock::new(config.guest_cid, muxer))
+}
+
+/// Gives each device its registers, its interrupt line, and an ioeventfd for each queue.
+fn attach(
+    vm: &VmFd,
+    memory: &Memory,
+    devices: Vec<NamedDevice>,
+    wake: &Arc<EventFd>,
+) -> Result<Vec<Arc<Slot>>, MachineError> {
+    let count = devices.len();
+    if count > (LAST_GSI - FIRST_VIRTIO_GSI + 1) as usize {
+        return Err(MachineError::Interrupts(count));
+    }
+    let mut slots = Vec::with_capacity(count);
+    for (n, (name, device_)) in devices.into_iter().enumerate() {
+        let transport =
+            Transport::new(device_, memory.clone()).map_err(device("device registers"))?;
+        let refused = |what| move |error| MachineError::Kvm(what, error);
+        vm.register_irqfd(transport.interrupt().line(), gsi(n))
+            .map_err(refused("interrupt line"))?;
+        let notify = IoEventAddress::Mmio(address(n) + QUEUE_NOTIFY);
+        for (queue, event) in (0u32..).zip(transport.notify()) {
+            vm.register_ioevent(event, &notify, queue)
+                .map_err(refused("queue notification"))?;
+        }
+        slots.push(Arc::new(Slot::new(name, transport, wake.clone())));
+    }
+    Ok(slots)
+}
+
+fn address(device: usize) -> u64 {
+    VIRTIO_MMIO.0 + device as u64 * VIRTIO_MMIO_SIZE
+}
+
+fn gsi(device: usize) -> u32 {
+    FIRST_VIRTIO_GSI + device as u32
+}
+
+/// How the kernel learns of a device: size, address and interrupt line of its registers.
+fn command_line_entry(device: usize) -> String {
+    format!(
+        "virtio_mmio.device=4K@{:#x}:{}",
+        address(device),
+        gsi(device)
+    )
+}
+
+fn serial_port(vm: &VmFd, ring: &SharedRing) -> Result<SerialPort, MachineError> {
+    let line = event().map_err(device("serial port"))?;
+    vm.register_irqfd(&line, SERIAL_GSI)
+        .map_err(|error| MachineError::Kvm("serial interrupt line", error))?;
+    Ok(Serial::new(SerialLine(line), ring.clone()))
+}

@@ -1,0 +1,278 @@
+//! The shim's side of one VM, and kernels made of a few bytes.
+
+use coffer_proto::limits::GUEST_CID;
+use coffer_proto::vmm::{
+    self, CONTROL_FD, Event, Exit, FdIndex, FromVmm, Metrics, Reply, Request, VmConfig,
+    VsockConfig, console,
+};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::time::TimeVal;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// Long enough for a busy machine; a test that waits this long has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a test may change before the VM starts.
+pub struct Setup {
+    pub config: VmConfig,
+    pub initrd: Vec<u8>,
+}
+
+/// A `coffer-vmm` process.
+pub struct Vmm {
+    child: Child,
+    control: Option<OwnedFd>,
+    directory: tempfile::TempDir,
+}
+
+impl Vmm {
+    /// A VM that has booted this kernel.
+    pub fn boot(kernel: &[u8]) -> Self {
+        Self::boot_with(kernel, |_| {})
+    }
+
+    pub fn boot_with(kernel: &[u8], change: impl Fn(&mut VmConfig)) -> Self {
+        let mut vmm = Self::start(kernel, &|setup: &mut Setup| change(&mut setup.config));
+        let reply = vmm.message();
+        assert_eq!(reply, FromVmm::Reply(Reply::Done), "{}", vmm.log());
+        vmm
+    }
+
+    /// A process that was asked to boot.
+    pub fn start(kernel: &[u8], change: &dyn Fn(&mut Setup)) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let log = File::create(directory.path().join("log")).unwrap();
+        let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
+        let console_file = tempfile::tempfile().unwrap();
+        console_file.set_len(console::FILE_BYTES as u64).unwrap();
+        let mut setup = Setup {
+            config: config(),
+            initrd: b"initrd".to_vec(),
+        };
+        change(&mut setup);
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .expect("these tests need /dev/kvm");
+        let (kernel, initrd) = (file(kernel), file(&setup.initrd));
+        let (control, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        setsockopt(
+            &control,
+            sockopt::ReceiveTimeout,
+            &TimeVal::new(PATIENCE.as_secs() as i64, 0),
+        )
+        .unwrap();
+        let child = spawn(&theirs, log);
+        let files = [
+            kernel.as_fd(),
+            initrd.as_fd(),
+            kvm.as_fd(),
+            listener.as_fd(),
+            console_file.as_fd(),
+        ];
+        vmm::send(
+            control.as_fd(),
+            &Request::Boot(Box::new(setup.config)),
+            &files,
+        )
+        .unwrap();
+        Self {
+            child,
+            control: Some(control),
+            directory,
+        }
+    }
+
+    pub fn message(&mut self) -> FromVmm {
+        let control = self.control.as_ref().unwrap();
+        match vmm::receive(control.as_fd()) {
+            Ok((message, _)) => message,
+            Err(error) => panic!("{error}; the log says: {}", self.log()),
+        }
+    }
+
+    pub fn event(&mut self) -> Event {
+        match self.message() {
+            FromVmm::Event(event) => event,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A request whose answer is Done.
+    pub fn ask(&mut self, request: &Request) {
+        vmm::send(self.control.as_ref().unwrap().as_fd(), request, &[]).unwrap();
+        assert_eq!(self.message(), FromVmm::Reply(Reply::Done), "{request:?}");
+    }
+
+    pub fn metrics(&mut self) -> Metrics {
+        vmm::send(
+            self.control.as_ref().unwrap().as_fd(),
+            &Request::Metrics,
+            &[],
+        )
+        .unwrap();
+        match self.message() {
+            FromVmm::Reply(Reply::Metrics(metrics)) => metrics,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn until_exit(&mut self) -> (Vec<Event>, Exit) {
+        let mut events = Vec::new();
+        loop {
+            match self.event() {
+                Event::Exited(exit) => return (events, exit),
+                event => events.push(event),
+            }
+        }
+    }
+
+    pub fn hang_up(&mut self) {
+        self.control = None;
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the VMM does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap()
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        log_path(self.directory.path())
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn log_path(directory: &Path) -> PathBuf {
+    directory.join("log")
+}
+
+#[allow(unsafe_code)]
+fn spawn(control: &OwnedFd, log: File) -> Child {
+    let fd = control.as_raw_fd();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coffer-vmm"));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    // SAFETY: two system calls, which are allowed between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            let done = if fd == CONTROL_FD {
+                libc::fcntl(fd, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, CONTROL_FD)
+            };
+            nix::Error::result(done).map(drop).map_err(Into::into)
+        });
+    }
+    command.spawn().unwrap()
+}
+
+fn config() -> VmConfig {
+    VmConfig {
+        id: "test".parse().unwrap(),
+        vcpus: 1,
+        memory_mib: 32,
+        kernel: FdIndex(0),
+        initrd: FdIndex(1),
+        cmdline: String::new(),
+        kvm: Some(FdIndex(2)),
+        vsock: VsockConfig {
+            guest_cid: GUEST_CID,
+            listener: FdIndex(3),
+            ports: Vec::new(),
+        },
+        console: FdIndex(4),
+        fs: None,
+        nics: Vec::new(),
+        disks: Vec::new(),
+        balloon: true,
+        uid: 64_000,
+    }
+}
+
+fn file(content: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(content).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+/// A vmlinux whose PVH entry point, at 2 MiB, is this 32-bit code.
+pub fn elf(code: &[u8]) -> Vec<u8> {
+    const ENTRY: u32 = 0x20_0000;
+    const HEADERS: u64 = 64 + 2 * 56;
+    // Name size, descriptor size, type 18 (XEN_ELFNOTE_PHYS32_ENTRY), name, descriptor.
+    let note: Vec<u8> = [4, 4, 18]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .chain(*b"Xen\0")
+        .chain(ENTRY.to_le_bytes())
+        .collect();
+    let mut elf: Vec<u8> = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    elf.extend([2u16, 62].into_iter().flat_map(u16::to_le_bytes));
+    elf.extend(1u32.to_le_bytes());
+    elf.extend(
+        [u64::from(ENTRY), 64, 0]
+            .into_iter()
+            .flat_map(u64::to_le_bytes),
+    );
+    elf.extend(0u32.to_le_bytes());
+    elf.extend(
+        [64u16, 56, 2, 0, 0, 0]
+            .into_iter()
+            .flat_map(u16::to_le_bytes),
+    );
+    let mut segment = |kind: u32, offset: u64, address: u64, size: u64| {
+        elf.extend([kind, 5].into_iter().flat_map(u32::to_le_bytes));
+        elf.extend(
+            [offset, address, address, size, size, 4]
+                .into_iter()
+                .flat_map(u64::to_le_bytes),
+        );
+    };
+    segment(4, HEADERS, 0, note.len() as u64);
+    segment(
+        1,
+        HEADERS + note.len() as u64,
+        u64::from(ENTRY),
+        code.len() as u64,
+    );
+    elf.extend(note);
+    elf.extend(code);
+    elf
+}

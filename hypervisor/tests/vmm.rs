@@ -1,0 +1,312 @@
+//! The real `coffer-vmm`, jail and all, with kernels of a few instructions: a PVH vmlinux can be that small, and a KVM
+//! that can't run Linux still runs these.
+
+mod shim;
+
+use coffer_proto::limits::{BOOT_TIMER_PORT, MAX_BOOT_PHASES};
+use coffer_proto::vmm::{Event, Exit, FromVmm, Reply, Request};
+use shim::{Setup, Vmm, elf};
+use std::time::{Duration, Instant};
+
+/// `mov eax, value; mov edx, BOOT_TIMER_PORT; out dx, eax`
+fn phase(value: u32) -> Vec<u8> {
+    [&[0xb8][..], &value.to_le_bytes(), &out_eax()].concat()
+}
+
+fn out_eax() -> Vec<u8> {
+    [
+        &[0xba][..],
+        &u32::from(BOOT_TIMER_PORT).to_le_bytes(),
+        &[0xef],
+    ]
+    .concat()
+}
+
+/// `mov eax, [address]`
+fn load(address: u32) -> Vec<u8> {
+    [&[0xa1][..], &address.to_le_bytes()].concat()
+}
+
+/// `mov dword [address], value`
+fn store(address: u32, value: u32) -> Vec<u8> {
+    [
+        &[0xc7, 0x05][..],
+        &address.to_le_bytes(),
+        &value.to_le_bytes(),
+    ]
+    .concat()
+}
+
+/// `mov al, 0xfe; out 0x64, al`: the i8042 reset pulse.
+const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
+/// `jmp $`
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// `hlt; jmp $-1`, interrupts off.
+const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
+/// `out 0x80, al; jmp $-2`: a port nobody answers, for ever.
+const KNOCK: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
+
+fn program(parts: &[&[u8]]) -> Vec<u8> {
+    elf(&parts.concat())
+}
+
+fn phases(events: &[Event]) -> Vec<u32> {
+    events
+        .iter()
+        .filter_map(|event| {
+            if let Event::Phase { phase, .. } = event {
+                Some(*phase)
+            } else {
+                None
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn the_boot_timer_is_told_and_the_reset_pulse_ends_the_vm() {
+    let mut vmm = Vmm::boot(&program(&[&phase(1), &phase(77), &RESET, &SPIN]));
+    let (events, exit) = vmm.until_exit();
+    assert_eq!((phases(&events), exit), (vec![1, 77], Exit::Reset));
+    assert!(vmm.wait().success());
+}
+
+#[test]
+fn device_registers_answer_and_empty_addresses_read_as_ones() {
+    // `in al, 0x99; movzx eax, al`
+    let port = [0xe4, 0x99, 0x0f, 0xb6, 0xc0];
+    let (magic, kind) = (load(0xc000_0000), load(0xc000_0008));
+    let reads =
+        [&magic[..], &kind, &load(0xd000_0000), &port].map(|read| [read, &out_eax()].concat());
+    let mut vmm = Vmm::boot(&program(&[&reads.concat(), &RESET, &SPIN]));
+    let (events, exit) = vmm.until_exit();
+    // "virt"; the first device is a console.
+    assert_eq!(phases(&events), [0x7472_6976, 3, 0xffff_ffff, 0xff]);
+    assert_eq!(exit, Exit::Reset);
+}
+
+#[test]
+fn a_driver_can_bring_a_device_up_and_reset_it() {
+    let status = 0xc000_0070;
+    let up = [
+        store(status, 1),
+        store(status, 3),
+        store(0xc000_0024, 1),
+        store(0xc000_0020, 1),
+    ];
+    // DRIVER_OK without a queue is legal.
+    let ok = [
+        store(status, 11),
+        store(status, 15),
+        load(status),
+        out_eax(),
+    ];
+    let down = [store(status, 0), load(status), out_eax()];
+    let mut vmm = Vmm::boot(&program(&[
+        &up.concat(),
+        &ok.concat(),
+        &down.concat(),
+        &RESET,
+        &SPIN,
+    ]));
+    let (events, _) = vmm.until_exit();
+    assert_eq!(
+        phases(&events),
+        [15, 0],
+        "the main thread did the work before the vCPU went on"
+    );
+}
+
+#[test]
+fn only_so_many_phases_are_told() {
+    let many: Vec<u8> = (0..MAX_BOOT_PHASES as u32 + 5).flat_map(phase).collect();
+    let mut vmm = Vmm::boot(&program(&[&many, &RESET, &SPIN]));
+    let (events, _) = vmm.until_exit();
+    assert_eq!(phases(&events).len(), MAX_BOOT_PHASES);
+}
+
+#[test]
+fn a_triple_fault_is_told_apart_from_a_reset() {
+    // `lidt [0x900000]`, where RAM is zero, then an exception: `ud2`.
+    let mut vmm = Vmm::boot(&program(&[
+        &[0x0f, 0x01, 0x1d, 0, 0, 0x90, 0],
+        &[0x0f, 0x0b],
+        &SPIN,
+    ]));
+    let (_, exit) = vmm.until_exit();
+    assert_eq!(exit, Exit::TripleFault);
+    assert!(vmm.log().contains("triple fault, rip="), "{}", vmm.log());
+}
+
+#[test]
+fn spinning_and_halted_guests_pause_resume_and_stop() {
+    for code in [&SPIN[..], &HALT] {
+        let mut vmm = Vmm::boot(&program(&[&phase(1), code]));
+        vmm.event();
+        for _ in 0..3 {
+            vmm.ask(&Request::Pause);
+            vmm.ask(&Request::Resume);
+        }
+        let metrics = vmm.metrics();
+        assert_eq!(metrics.exits["io_out"], 1);
+        assert!(metrics.phases["agent_ready"] >= metrics.phases["vm_created"]);
+        assert!(metrics.vm_created_cpu_us > 0 && metrics.private_rss > 0);
+        vmm.ask(&Request::Stop);
+        assert_eq!(vmm.until_exit().1, Exit::Stopped);
+        assert!(vmm.wait().success());
+    }
+}
+
+#[test]
+fn a_paused_guest_does_nothing() {
+    let mut vmm = Vmm::boot(&program(&[&phase(1), &KNOCK]));
+    vmm.event();
+    vmm.ask(&Request::Pause);
+    let before = vmm.metrics().exits["io_out"];
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(vmm.metrics().exits["io_out"], before);
+    vmm.ask(&Request::Resume);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while vmm.metrics().exits["io_out"] == before {
+        assert!(Instant::now() < deadline, "the guest did not go on");
+    }
+    assert!(vmm.metrics().devices["bus.unanswered"] > 0);
+}
+
+#[test]
+fn all_vcpus_pause_while_the_others_wait_for_their_start() {
+    let mut vmm = Vmm::boot_with(&program(&[&phase(1), &SPIN]), |config| config.vcpus = 4);
+    vmm.event();
+    vmm.ask(&Request::Pause);
+    vmm.ask(&Request::Resume);
+    vmm.ask(&Request::Stop);
+    assert_eq!(vmm.until_exit().1, Exit::Stopped);
+}
+
+#[test]
+fn the_end_of_the_shim_ends_the_vmm() {
+    let mut vmm = Vmm::boot(&program(&[&phase(1), &SPIN]));
+    vmm.event();
+    vmm.hang_up();
+    assert!(vmm.wait().success());
+}
+
+#[test]
+fn the_process_is_locked_up() {
+    let mut vmm = Vmm::boot(&program(&[&phase(1), &SPIN]));
+    vmm.event();
+    let process = format!("/proc/{}", vmm.pid());
+    for thread in std::fs::read_dir(format!("{process}/task")).unwrap() {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status
+                .lines()
+                .find(|line| line.starts_with(name))
+                .unwrap_or_else(|| panic!("no {name}"));
+            line[name.len()..]
+                .split_ascii_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(field("Uid:"), ["64000"; 4]);
+        assert_eq!(field("Gid:"), ["64000"; 4]);
+        assert!(field("Groups:").is_empty());
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(u64::from_str_radix(&field(set)[0], 16).unwrap(), 0, "{set}");
+        }
+        assert_eq!(field("NoNewPrivs:"), ["1"]);
+        assert_eq!(field("Seccomp:"), ["2"]);
+    }
+    assert_eq!(
+        std::fs::read_dir(format!("{process}/root"))
+            .unwrap()
+            .count(),
+        0,
+        "the root is not empty"
+    );
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup"] {
+        let of = |process: &str| std::fs::read_link(format!("{process}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&process), of("/proc/self"), "{namespace}");
+    }
+    let limits = std::fs::read_to_string(format!("{process}/limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line[name.len()..]
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(
+        (
+            limit("Max processes").as_str(),
+            limit("Max core file size").as_str()
+        ),
+        ("0", "0")
+    );
+    let log = vmm.log_path();
+    for file in std::fs::read_dir(format!("{process}/fd")).unwrap() {
+        let target = std::fs::read_link(file.unwrap().path()).unwrap();
+        let known = [
+            "/dev/null",
+            "socket:",
+            "anon_inode:",
+            "/memfd:",
+            "pipe:",
+            "/dev/kvm",
+            "/proc/",
+            "/tmp/.tmp",
+            "/tmp/#",
+        ];
+        let text = target.to_string_lossy();
+        assert!(
+            known.iter().any(|start| text.starts_with(start)) || target == log,
+            "{text} is open"
+        );
+    }
+}
+
+#[test]
+fn what_can_not_boot_is_refused_with_one_clear_line() {
+    type Change = fn(&mut Setup);
+    let good = program(&[&SPIN]);
+    let without_note = elf_without_note(&good);
+    let same: Change = |_| {};
+    let cases: [(&[u8], Change, &str); 8] = [
+        (&good[..100], same, "the kernel can't be loaded"),
+        (&good[..good.len() - 1], same, "the kernel can't be loaded"),
+        (b"", same, "the kernel can't be loaded"),
+        (&without_note, same, "CONFIG_PVH"),
+        (&good, |setup| setup.initrd.clear(), "the initrd is empty"),
+        (
+            &good,
+            |setup| setup.initrd = vec![0; 64 << 20],
+            "does not fit",
+        ),
+        (
+            &good,
+            |setup| setup.config.cmdline = "x".repeat(3000),
+            "command line has",
+        ),
+        (&good, |setup| setup.config.vcpus = 0, "asks for vCPUs 0"),
+    ];
+    for (kernel, change, text) in cases {
+        let mut vmm = Vmm::start(kernel, &change);
+        let FromVmm::Reply(Reply::Failed { message }) = vmm.message() else {
+            panic!("{text}: it booted")
+        };
+        assert!(
+            message.contains(text) && !message.contains('\n'),
+            "{message}"
+        );
+        assert!(!vmm.wait().success());
+    }
+}
+
+/// The same file with another note type.
+fn elf_without_note(elf: &[u8]) -> Vec<u8> {
+    let at = elf.windows(4).position(|word| word == b"Xen\0").unwrap();
+    let mut other = elf.to_vec();
+    other[at - 4] = 1;
+    other
+}
