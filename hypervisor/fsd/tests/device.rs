@@ -215,7 +215,7 @@ impl Guest {
 #[test]
 fn a_file_of_the_share_reaches_guest_memory() {
     let mut guest = Guest::new();
-    let content: Vec<u8> = (0..300_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let content: Vec<u8> = (0..300_000u32).map(|n| (n * 7 / 8) as u8).collect();
     std::fs::write(guest.share.path().join("data"), &content).unwrap();
     guest.activate().unwrap();
     assert!(guest.fs.takes_kicks());

@@ -2,6 +2,7 @@
 
 use super::request::{Request, Status};
 use super::{BlockError, HEADER, ID_BYTES};
+use crate::seccomp::{self, ThreadClass};
 use crate::virtio::Memory;
 use crate::virtio::queue::Chain;
 use std::fs::File;
@@ -66,7 +67,11 @@ impl Worker {
         let stop = cancelled.clone();
         std::thread::Builder::new()
             .name("disk".into())
-            .spawn(move || serve(&inbox, &outbox, &signal, &stop))
+            .spawn(move || match seccomp::enter(ThreadClass::Disk) {
+                Ok(()) => serve(&inbox, &outbox, &signal, &stop),
+                // The first request finds the worker gone, and that ends the VM.
+                Err(error) => crate::report(&crate::chain(&error)),
+            })
             .map_err(BlockError::Worker)?;
         Ok(Self {
             jobs,

@@ -25,8 +25,10 @@ const CONFIG: usize = 8;
 #[derive(Debug)]
 pub struct Net {
     mac: [u8; 6],
-    /// None: the link is down.
+    /// Kept after it failed, because the event loop still watches it; the next one takes its place.
     tap: Option<Tap>,
+    /// There is a tap and it works.
+    up: bool,
     offloads: u64,
     active: Option<Activation>,
     rx: Receive,
@@ -95,6 +97,7 @@ impl Net {
         };
         Ok(Self {
             mac,
+            up: tap.is_some(),
             tap,
             offloads,
             active: None,
@@ -122,6 +125,7 @@ impl Net {
     }
 
     fn link(&mut self, tap: Option<Tap>) {
+        self.up = tap.is_some();
         self.tap = tap;
         self.rx.length = 0;
         self.tx_blocked = false;
@@ -150,7 +154,9 @@ impl Net {
 
     /// Takes the next frame from the tap. False: there is none.
     fn read_frame(&mut self, active: &Activation) -> bool {
-        let Some(tap) = &self.tap else { return false };
+        let Some(tap) = self.tap.as_ref().filter(|_| self.up) else {
+            return false;
+        };
         loop {
             match tap.receive(&mut self.rx.frame) {
                 Ok(length) if length >= HEADER => {
@@ -162,7 +168,7 @@ impl Net {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The tap was deleted, for example with its network namespace.
                 Err(_) => {
-                    self.tap = None;
+                    self.up = false;
                     active.interrupt.signal_config();
                     return false;
                 }
@@ -320,7 +326,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let status = if self.tap.is_some() {
+        let status = if self.up {
             VIRTIO_NET_S_LINK_UP as u8
         } else {
             0
@@ -334,7 +340,7 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
-        if let Some(tap) = &self.tap {
+        if let Some(tap) = self.tap.as_ref().filter(|_| self.up) {
             tap.set_offloads(offload::tap_flags(active.features))
                 .map_err(DeviceError::fatal)?;
         }
@@ -374,11 +380,11 @@ impl VirtioDevice for Net {
         self.rx.length = 0;
         self.rx.chains.clear();
         self.rx.used = Used::default();
-        if let Some(tap) = &self.tap
-            && tap.set_offloads(0).is_err()
-        {
-            self.tap = None;
-        }
+        self.up = self.up
+            && self
+                .tap
+                .as_ref()
+                .is_some_and(|tap| tap.set_offloads(0).is_ok());
     }
 
     fn set_backend(&mut self, backend: Option<OwnedFd>) -> Result<(), DeviceError> {

@@ -1,0 +1,7 @@
+//! Hostile guests, as many as there are inputs. The same code replays the seeds as ordinary tests
+//! (`hypervisor/tests/fuzz_seeds.rs`), so it uses only what a user of the crates can use.
+
+mod guest;
+mod targets;
+
+pub use targets::{balloon, block, mmio, net};
