@@ -24,6 +24,7 @@ mod process;
 mod reaper;
 mod rpc;
 mod sandbox;
+mod stdio;
 mod streams;
 mod table;
 

@@ -7,22 +7,16 @@
 //!              killed, or the program can't run
 //! ```
 
-use crate::container::{self, ChildStdio, Started};
+use crate::container::{self, Started};
 use crate::events::MemoryWatch;
 use crate::reaper::{Ended, Expectation};
-use crate::streams::StreamEnd;
-use coffer_proto::agent;
+use crate::stdio::{Planned, Stdio, StdioError};
 use coffer_proto::ids::{ContainerId, ExecId, InvalidId};
-use coffer_proto::stream::Stream;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::Pid;
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
@@ -86,21 +80,13 @@ pub enum ProcessError {
     Ended(ProcessId),
     #[error("{0} still runs")]
     Running(ProcessId),
-    #[error("{0} has no {1}")]
-    NoStream(ProcessId, &'static str),
-    #[error("the {1} of {0} is attached already")]
-    Attached(ProcessId, &'static str),
-    #[error("{0} has no terminal")]
-    NoTerminal(ProcessId),
     #[error("signal {0} does not exist")]
     NoSuchSignal(u32),
-    #[error("a terminal of {rows} rows and {columns} columns is not possible")]
-    TerminalSize { rows: u32, columns: u32 },
-    #[error("can't make the standard streams of {id}")]
-    Streams {
+    #[error("the standard streams of {id}")]
+    Stdio {
         id: ProcessId,
         #[source]
-        cause: io::Error,
+        cause: StdioError,
     },
     #[error("can't send signal {signal} to {id}")]
     Signal {
@@ -129,125 +115,9 @@ pub struct Process {
     state: watch::Sender<State>,
     /// The process that waits to run its program; None once it was told to.
     created: Mutex<Option<Started>>,
-    /// The streams it has; None where one is attached.
-    streams: Mutex<HashMap<Stream, Option<StreamEnd>>>,
-    close_stdin: watch::Sender<bool>,
-    /// Master of its terminal.
-    terminal: Option<OwnedFd>,
+    stdio: Stdio,
     /// We sent it a SIGKILL ourselves.
     killed: AtomicBool,
-}
-
-/// The agent's ends of the standard streams, made before the process.
-#[derive(Debug, Default)]
-pub struct Stdio {
-    ends: HashMap<Stream, StreamEnd>,
-    terminal: Option<(bool, bool)>,
-    close_stdin: watch::Sender<bool>,
-}
-
-/// Room of a stdio pipe: the writer and the agent take turns less often than with the kernel's 64 KiB.
-const PIPE_BYTES: i32 = 256 << 10;
-
-impl Stdio {
-    /// Makes the pipes that `wire` asks for. Inside a tokio runtime.
-    pub fn new(id: &ProcessId, wire: &agent::Stdio) -> Result<(Self, ChildStdio), ProcessError> {
-        let mut stdio = Self::default();
-        if wire.terminal {
-            let (rows, columns) = terminal_size(wire.rows, wire.columns)?;
-            stdio.terminal = Some((wire.stdin, wire.stdout));
-            return Ok((stdio, ChildStdio::Terminal { rows, columns }));
-        }
-        let failed = |cause| ProcessError::Streams {
-            id: id.clone(),
-            cause,
-        };
-        let child = ChildStdio::Streams {
-            stdin: wire
-                .stdin
-                .then(|| stdio.input())
-                .transpose()
-                .map_err(failed)?,
-            stdout: wire
-                .stdout
-                .then(|| stdio.output(Stream::Stdout))
-                .transpose()
-                .map_err(failed)?,
-            stderr: wire
-                .stderr
-                .then(|| stdio.output(Stream::Stderr))
-                .transpose()
-                .map_err(failed)?,
-        };
-        Ok((stdio, child))
-    }
-
-    /// Returns the child's end.
-    fn input(&mut self) -> io::Result<OwnedFd> {
-        let (theirs, ours) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        make_ready(&ours)?;
-        let end = StreamEnd::Input {
-            to: pipe::Sender::from_owned_fd(ours)?,
-            closing: self.close_stdin.subscribe(),
-        };
-        self.ends.insert(Stream::Stdin, end);
-        Ok(theirs)
-    }
-
-    /// Returns the child's end.
-    fn output(&mut self, stream: Stream) -> io::Result<OwnedFd> {
-        let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        make_ready(&ours)?;
-        self.ends.insert(
-            stream,
-            StreamEnd::Output(pipe::Receiver::from_owned_fd(ours)?),
-        );
-        Ok(theirs)
-    }
-
-    /// Adds the terminal that came with the process.
-    fn add_terminal(&mut self, master: &OwnedFd) -> io::Result<()> {
-        let (stdin, stdout) = self.terminal.unwrap_or_default();
-        fcntl(master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
-        // Not a pipe, but read, written and polled like one.
-        if stdin {
-            let to = pipe::Sender::from_owned_fd_unchecked(master.try_clone()?)?;
-            self.ends.insert(
-                Stream::Stdin,
-                StreamEnd::Input {
-                    to,
-                    closing: self.close_stdin.subscribe(),
-                },
-            );
-        }
-        if stdout {
-            let from = pipe::Receiver::from_owned_fd_unchecked(master.try_clone()?)?;
-            self.ends.insert(Stream::Stdout, StreamEnd::Output(from));
-        }
-        Ok(())
-    }
-}
-
-/// Sets up our end of a pipe: never blocking, and large where the kernel allows it.
-fn make_ready(ours: &OwnedFd) -> io::Result<()> {
-    let _ = fcntl(ours, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
-    fcntl(ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
-fn terminal_size(rows: u32, columns: u32) -> Result<(u16, u16), ProcessError> {
-    match (rows.try_into(), columns.try_into()) {
-        (Ok(rows), Ok(columns)) => Ok((rows, columns)),
-        _ => Err(ProcessError::TerminalSize { rows, columns }),
-    }
-}
-
-fn name(stream: Stream) -> &'static str {
-    match stream {
-        Stream::Stdin => "stdin",
-        Stream::Stdout => "stdout",
-        Stream::Stderr => "stderr",
-    }
 }
 
 impl Process {
@@ -255,33 +125,23 @@ impl Process {
     pub fn follow(
         id: ProcessId,
         mut created: Started,
-        mut stdio: Stdio,
+        stdio: Planned,
         expectation: &Expectation,
         memory: Arc<MemoryWatch>,
     ) -> Result<Arc<Self>, ProcessError> {
-        let terminal = created.terminal.take();
-        if let Some(master) = &terminal {
+        let stdio =
             stdio
-                .add_terminal(master)
-                .map_err(|cause| ProcessError::Streams {
+                .complete(created.terminal.take())
+                .map_err(|cause| ProcessError::Stdio {
                     id: id.clone(),
                     cause,
                 })?;
-        }
         let process = Arc::new(Self {
             id,
             pid: created.pid,
             state: watch::Sender::new(State::Created),
             created: Mutex::new(Some(created)),
-            streams: Mutex::new(
-                stdio
-                    .ends
-                    .into_iter()
-                    .map(|(stream, end)| (stream, Some(end)))
-                    .collect(),
-            ),
-            close_stdin: stdio.close_stdin,
-            terminal,
+            stdio,
             killed: AtomicBool::new(false),
         });
         let end = expectation.claim(process.pid);
@@ -360,29 +220,15 @@ impl Process {
         }
     }
 
-    /// Hands out one stream, once.
-    pub fn attach(&self, stream: Stream) -> Result<StreamEnd, ProcessError> {
-        match lock(&self.streams).get_mut(&stream) {
-            Some(end) => end
-                .take()
-                .ok_or_else(|| ProcessError::Attached(self.id.clone(), name(stream))),
-            None => Err(ProcessError::NoStream(self.id.clone(), name(stream))),
-        }
-    }
-
-    /// Ends the stdin after what was sent. A terminal has no end of input of its own: there this does nothing.
-    pub fn close_stdin(&self) -> Result<(), ProcessError> {
-        if self.terminal.is_some() {
-            return Ok(());
-        }
-        let mut streams = lock(&self.streams);
-        let end = streams.get_mut(&Stream::Stdin);
-        let end =
-            end.ok_or_else(|| ProcessError::NoStream(self.id.clone(), name(Stream::Stdin)))?;
-        // An end that is not attached has nothing to wait for.
-        drop(end.take());
-        self.close_stdin.send_replace(true);
-        Ok(())
+    /// Its standard streams, for one operation on them.
+    pub fn with_stdio<T>(
+        &self,
+        operation: impl FnOnce(&Stdio) -> Result<T, StdioError>,
+    ) -> Result<T, ProcessError> {
+        operation(&self.stdio).map_err(|cause| ProcessError::Stdio {
+            id: self.id.clone(),
+            cause,
+        })
     }
 
     /// Sends it one signal.
@@ -411,30 +257,6 @@ impl Process {
     /// Notes that this process is killed together with its container.
     pub fn killed_with_container(&self) {
         self.killed.store(true, Ordering::Relaxed);
-    }
-
-    /// Sets the size of its terminal; the kernel sends SIGWINCH.
-    #[allow(unsafe_code)]
-    pub fn resize(&self, rows: u32, columns: u32) -> Result<(), ProcessError> {
-        let (rows, columns) = terminal_size(rows, columns)?;
-        let master = self
-            .terminal
-            .as_ref()
-            .ok_or_else(|| ProcessError::NoTerminal(self.id.clone()))?;
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
-        match unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } {
-            0 => Ok(()),
-            _ => Err(ProcessError::Streams {
-                id: self.id.clone(),
-                cause: io::Error::last_os_error(),
-            }),
-        }
     }
 }
 
@@ -485,36 +307,5 @@ mod tests {
                     .contains(&bad.to_string())
             );
         }
-    }
-
-    #[tokio::test]
-    async fn only_the_streams_asked_for_are_made() {
-        let id = ProcessId::new("c", "").unwrap();
-        let wire = agent::Stdio {
-            stdin: true,
-            stderr: true,
-            ..Default::default()
-        };
-        let (stdio, child) = Stdio::new(&id, &wire).unwrap();
-        assert!(matches!(
-            child,
-            ChildStdio::Streams {
-                stdin: Some(_),
-                stdout: None,
-                stderr: Some(_)
-            }
-        ));
-        assert!(
-            stdio.ends.contains_key(&Stream::Stdin) && !stdio.ends.contains_key(&Stream::Stdout)
-        );
-        let wire = agent::Stdio {
-            terminal: true,
-            rows: 70_000,
-            ..Default::default()
-        };
-        assert!(matches!(
-            Stdio::new(&id, &wire),
-            Err(ProcessError::TerminalSize { rows: 70_000, .. })
-        ));
     }
 }

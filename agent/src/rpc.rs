@@ -14,6 +14,7 @@ use crate::guest::{self, GuestError};
 use crate::network::{Interface, NetworkError};
 use crate::process::{Process, ProcessError, ProcessId, checked_signal};
 use crate::sandbox::{Sandbox, SandboxError};
+use crate::stdio::{Stdio, StdioError};
 use async_trait::async_trait;
 use coffer_proto::agent::{
     self, ContainerRef, CreateContainerRequest, Empty, Event, ExecProcessRequest,
@@ -106,7 +107,7 @@ impl Agent for Verbs {
         let spec: runtime::Spec = object(&id, "spec", &request.spec)?;
         let stdio = request.stdio.unwrap_or_default();
         let made = self
-            .to_the_end(|sandbox| async move { sandbox.create(id, spec, &stdio).await })
+            .to_the_end(|sandbox| async move { sandbox.create(id, spec, stdio).await })
             .await?;
         Ok(pid_of(&made))
     }
@@ -123,7 +124,7 @@ impl Agent for Verbs {
             .ok_or_else(|| invalid("an exec needs an exec id"))?;
         let process: runtime::Process = object(&id, "process", &request.process)?;
         let stdio = request.stdio.unwrap_or_default();
-        self.to_the_end(|sandbox| async move { sandbox.exec(id, &exec, process, &stdio).await })
+        self.to_the_end(|sandbox| async move { sandbox.exec(id, &exec, process, stdio).await })
             .await?;
         Ok(Empty::new())
     }
@@ -184,14 +185,14 @@ impl Agent for Verbs {
         let id = process_id(&request.container_id, &request.exec_id)?;
         let process = self.sandbox.process(&id).map_err(status)?;
         process
-            .resize(request.rows, request.columns)
+            .with_stdio(|stdio| stdio.resize(request.rows, request.columns))
             .map_err(|error| status(error.into()))?;
         Ok(Empty::new())
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRef) -> RpcResult<Empty> {
         self.find(&request)?
-            .close_stdin()
+            .with_stdio(Stdio::close_stdin)
             .map_err(|error| status(error.into()))?;
         Ok(Empty::new())
     }
@@ -332,15 +333,21 @@ fn code(error: &SandboxError) -> Code {
 
 fn process_code(error: &ProcessError) -> Code {
     match error {
-        ProcessError::StartedBefore(_)
-        | ProcessError::Ended(_)
-        | ProcessError::Running(_)
-        | ProcessError::Attached(..)
-        | ProcessError::NoTerminal(_)
-        | ProcessError::NoStream(..) => Code::FAILED_PRECONDITION,
-        ProcessError::NoSuchSignal(_) | ProcessError::TerminalSize { .. } => Code::INVALID_ARGUMENT,
+        ProcessError::StartedBefore(_) | ProcessError::Ended(_) | ProcessError::Running(_) => {
+            Code::FAILED_PRECONDITION
+        }
+        ProcessError::Stdio {
+            cause: StdioError::Kernel(_),
+            ..
+        }
+        | ProcessError::Signal { .. } => Code::INTERNAL,
+        ProcessError::Stdio {
+            cause: StdioError::TerminalSize { .. },
+            ..
+        } => Code::INVALID_ARGUMENT,
+        ProcessError::Stdio { .. } => Code::FAILED_PRECONDITION,
+        ProcessError::NoSuchSignal(_) => Code::INVALID_ARGUMENT,
         ProcessError::Start { cause, .. } => container_code(cause),
-        ProcessError::Streams { .. } | ProcessError::Signal { .. } => Code::INTERNAL,
     }
 }
 
@@ -364,24 +371,4 @@ pub fn one_line(error: &dyn std::error::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_status_has_the_whole_chain() {
-        let id = ProcessId::new("c", "e").unwrap();
-        let cause = container::Error::Exec {
-            status: 127,
-            message: "no such program: \"/x\"".into(),
-        };
-        let error = status(ProcessError::Start { id, cause }.into());
-        let RpcError::RpcStatus(status) = error else {
-            panic!("{error}")
-        };
-        assert_eq!(status.code(), Code::ABORTED);
-        assert_eq!(
-            status.message(),
-            "can't start exec e of container c: no such program: \"/x\""
-        );
-    }
-}
+mod tests;

@@ -6,8 +6,9 @@ use crate::events::{Events, MemoryWatch};
 use crate::guest::{self, GuestError};
 use crate::network::{self, Interface, NetworkError};
 use crate::pause::{self, PauseError};
-use crate::process::{Process, ProcessError, ProcessId, Stdio, send_signal};
+use crate::process::{Process, ProcessError, ProcessId, send_signal};
 use crate::reaper::{Expectation, Reaper};
+use crate::stdio::{Planned, StdioError};
 use crate::streams::StreamEnd;
 use crate::table::Table;
 use coffer_proto::agent;
@@ -144,14 +145,14 @@ impl Sandbox {
         &self,
         id: ProcessId,
         spec: runtime::Spec,
-        stdio: &agent::Stdio,
+        stdio: agent::Stdio,
     ) -> Result<Arc<Process>, SandboxError> {
         let pod = self.pod()?;
         let name = self
             .containers
             .reserve(&id.container)
             .ok_or_else(|| SandboxError::Exists(id.clone()))?;
-        let (stdio, child_stdio) = Stdio::new(&id, stdio)?;
+        let (stdio, child_stdio) = Planned::new(stdio).map_err(|cause| stdio_failed(&id, cause))?;
         let expectation = self.reaper.expect();
         let container_id = id.container.clone();
         let made =
@@ -182,7 +183,7 @@ impl Sandbox {
         &self,
         id: &ProcessId,
         created: Started,
-        stdio: Stdio,
+        stdio: Planned,
         expectation: &Expectation,
         memory: Arc<MemoryWatch>,
     ) -> Result<Member, SandboxError> {
@@ -207,14 +208,14 @@ impl Sandbox {
         id: ProcessId,
         exec: &ExecId,
         process: runtime::Process,
-        stdio: &agent::Stdio,
+        stdio: agent::Stdio,
     ) -> Result<Arc<Process>, SandboxError> {
         let member = self.member(&id.container)?;
         let name = member
             .execs
             .reserve(exec)
             .ok_or_else(|| SandboxError::Exists(id.clone()))?;
-        let (stdio, child_stdio) = Stdio::new(&id, stdio)?;
+        let (stdio, child_stdio) = Planned::new(stdio).map_err(|cause| stdio_failed(&id, cause))?;
         let expectation = self.reaper.expect();
         let memory = member.memory.clone();
         let made = spawn_blocking(move || memory.container.exec(&process, child_stdio)).await?;
@@ -297,7 +298,7 @@ impl Sandbox {
 
     /// Hands out one stream of a process, once.
     pub fn attach(&self, id: &ProcessId, stream: Stream) -> Result<StreamEnd, SandboxError> {
-        Ok(self.process(id)?.attach(stream)?)
+        Ok(self.process(id)?.with_stdio(|stdio| stdio.attach(stream))?)
     }
 
     /// Runs a blocking operation of a container.
@@ -365,6 +366,13 @@ async fn settle(process: &Process) -> Result<(), SandboxError> {
     ended
         .map(drop)
         .map_err(|_| SandboxError::Survived(process.id.clone()))
+}
+
+fn stdio_failed(id: &ProcessId, cause: StdioError) -> ProcessError {
+    ProcessError::Stdio {
+        id: id.clone(),
+        cause,
+    }
 }
 
 fn failed(action: &'static str, id: &ProcessId, cause: container::Error) -> SandboxError {
