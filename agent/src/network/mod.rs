@@ -361,8 +361,8 @@ mod tests {
                 shown.contains("fd00::2/64") && !shown.contains("tentative"),
                 "{shown}"
             );
-            assert!(ip("route").contains("default via 10.0.0.1 dev eth0 proto boot metric 7"));
-            assert!(ip("-6 route").contains("default via fd00::1 dev eth0 proto boot metric 7"));
+            assert!(ip("route").contains("default via 10.0.0.1 dev eth0 metric 7"));
+            assert!(ip("-6 route").contains("default via fd00::1 dev eth0 metric 7"));
             assert!(
                 ip("neighbour").contains("10.0.0.1 dev eth0 lladdr 02:00:00:00:00:01 PERMANENT")
             );
