@@ -1,6 +1,7 @@
 //! `cargo xtask`: the one command to set up, build, show, test and measure Coffer.
 
 mod assets;
+mod bench;
 mod build;
 mod cache;
 mod demo;
@@ -37,6 +38,15 @@ enum Command {
     Lint,
     /// Run all tests: unit tests, then the end-to-end suite with QEMU here and with coffer-vmm in the test node
     Test(test::Arguments),
+    /// Measure Coffer against QEMU microvm and runc
+    Bench(bench::Arguments),
+    /// The benchmark itself, as it runs in the node
+    #[command(hide = true)]
+    BenchInside {
+        product: PathBuf,
+        assets: PathBuf,
+        runs: usize,
+    },
     /// Run one test program in the test node (the runner that `test` gives to nextest)
     #[command(hide = true)]
     NodeTest {
@@ -61,6 +71,12 @@ fn main() -> Result<ExitCode> {
         Command::Build => drop(build::run(&project)?),
         Command::Demo => return demo::run(&project),
         Command::Lint => lint::run(&project)?,
+        Command::Bench(arguments) => return bench::run(&project, &arguments),
+        Command::BenchInside {
+            product,
+            assets,
+            runs,
+        } => bench::measure(&product, &assets, runs)?,
         Command::Test(arguments) => test::run(&project, &arguments)?,
         Command::NodeTest { command } => return test::run_in_node(&project, &command),
         Command::Node { share, command } => return node(&project, share.as_deref(), &command),

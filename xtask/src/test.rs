@@ -88,7 +88,7 @@ fn qemu(project: &Project, arguments: &Arguments) -> Result<bool> {
 
 fn in_node(project: &Project, arguments: &Arguments) -> Result<bool> {
     Node::get(project)?;
-    let share = node_share(project)?;
+    let share = node_share(project, &test_programs(project)?)?;
     let inside = Path::new(node::SHARE);
     let mut nextest = nextest(project, arguments, "node");
     nextest.args(["--package", SUITE]);
@@ -119,8 +119,8 @@ fn passes(nextest: &mut Command) -> Result<bool> {
     Ok(nextest.status().context("start cargo nextest")?.success())
 }
 
-/// The disk image with product and test programs.
-fn node_share(project: &Project) -> Result<PathBuf> {
+/// The disk image with the product and, in `tests/`, more programs.
+pub fn node_share(project: &Project, programs: &[PathBuf]) -> Result<PathBuf> {
     let dir = project.target.join("node");
     let content = dir.join("share");
     remove_tree(&content)?;
@@ -132,8 +132,8 @@ fn node_share(project: &Project) -> Result<PathBuf> {
         let path = entry?.path();
         link(&path, &product)?;
     }
-    for program in test_programs(project)? {
-        link(&program, &tests)?;
+    for program in programs {
+        link(program, &tests)?;
     }
     let image = dir.join("share.erofs");
     node::share_disk(&content, &image)?;
