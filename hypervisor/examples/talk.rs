@@ -4,21 +4,25 @@
 //! talk --vmm target/debug/coffer-qemu --kernel vmlinux --initrd initrd [--share DIR --fsd target/debug/coffer-fsd]
 //! ```
 //!
+//! `--nic NAME` gives a network slot with a new tap NAME from boot, `--late-nic NAME` one which gets it by `attach`;
+//! `--disk FILE` gives a disk.
+//!
 //! Prints what the hypervisor process says, what the guest sends home, and the console at the end. A line on stdin is a
-//! port of the guest and a text: the text goes there, and what comes back is printed. `stop`, `pause`, `resume` and
-//! `metrics` are requests. The end of stdin stops the machine.
+//! port of the guest and a text: the text goes there, and what comes back is printed. `stop`, `pause`, `resume`,
+//! `metrics`, `attach` and `detach` are requests. The end of stdin stops the machine.
 
 use anyhow::Context;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, SHARE_TAG};
 use coffer_proto::vmm::{
-    self, CONTROL_FD, FdIndex, FromVmm, FsConfig, HostPort, Request, VmConfig, VsockConfig, console,
+    self, CONTROL_FD, DiskConfig, FdIndex, FromVmm, FsConfig, HostPort, NicConfig, Request,
+    VmConfig, VsockConfig, console,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -56,6 +60,30 @@ fn main() -> anyhow::Result<()> {
         }
         None => None,
     };
+    let mut nics = Vec::new();
+    let late_tap = option("--late-nic")
+        .map(|name| open_tap(&name))
+        .transpose()?;
+    if late_tap.is_some() {
+        nics.push(NicConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            tap: None,
+        });
+    } else if let Some(name) = option("--nic") {
+        nics.push(NicConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            tap: Some(give(open_tap(&name)?)),
+        });
+    }
+    let mut disks = Vec::new();
+    if let Some(path) = option("--disk") {
+        let file = give(File::open(path)?.into());
+        disks.push(DiskConfig {
+            serial: "first".into(),
+            file,
+            read_only: true,
+        });
+    }
     let config = VmConfig {
         id: "example".parse()?,
         vcpus: option("--cpus").map_or(Ok(1), |text| text.parse())?,
@@ -80,8 +108,8 @@ fn main() -> anyhow::Result<()> {
         },
         console: give(ring.try_clone()?.into()),
         fs,
-        nics: Vec::new(),
-        disks: Vec::new(),
+        nics,
+        disks,
         balloon: true,
         uid: 65534,
     };
@@ -98,7 +126,7 @@ fn main() -> anyhow::Result<()> {
         }
     });
     for line in std::io::stdin().lines() {
-        if let Err(error) = command(&line?, &control, &vsock_path) {
+        if let Err(error) = command(&line?, &control, &vsock_path, late_tap.as_ref()) {
             println!("{error:#}");
         }
     }
@@ -106,12 +134,26 @@ fn main() -> anyhow::Result<()> {
     listening.join().expect("the thread that prints")
 }
 
-fn command(line: &str, control: &OwnedFd, vsock: &Path) -> anyhow::Result<()> {
+fn command(
+    line: &str,
+    control: &OwnedFd,
+    vsock: &Path,
+    tap: Option<&OwnedFd>,
+) -> anyhow::Result<()> {
+    let mut files = Vec::new();
     let request = match line.trim() {
         "stop" => Request::Stop,
         "pause" => Request::Pause,
         "resume" => Request::Resume,
         "metrics" => Request::Metrics,
+        "detach" => Request::DetachTap { slot: 0 },
+        "attach" => {
+            files.push(tap.context("--late-nic gives the tap")?.as_fd());
+            Request::AttachTap {
+                slot: 0,
+                tap: FdIndex(0),
+            }
+        }
         line => {
             let (port, text) = line.split_once(' ').context("PORT TEXT, or a request")?;
             if port == "sleep" {
@@ -121,7 +163,7 @@ fn command(line: &str, control: &OwnedFd, vsock: &Path) -> anyhow::Result<()> {
             return talk(vsock, port, text);
         }
     };
-    Ok(vmm::send(control.as_fd(), &request, &[])?)
+    Ok(vmm::send(control.as_fd(), &request, &files)?)
 }
 
 /// Sends `text` to a port of the guest and prints what comes back. `@N` stands for N MiB.
@@ -153,6 +195,30 @@ fn talk(vsock: &Path, port: &str, text: &str) -> anyhow::Result<()> {
         begin.elapsed()
     );
     Ok(())
+}
+
+/// A new tap device as the shim opens it.
+#[allow(unsafe_code)]
+fn open_tap(name: &str) -> anyhow::Result<OwnedFd> {
+    let tap = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
+    // SAFETY: all zero is a request without name and flags.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .zip(name.bytes().take(libc::IFNAMSIZ - 1))
+    {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags)?;
+    // SAFETY: the request lives until the call returns.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    nix::errno::Errno::result(result).context("can't make the tap")?;
+    Ok(tap.into())
 }
 
 fn report(control: &OwnedFd, ring: &File) -> anyhow::Result<()> {

@@ -210,3 +210,132 @@ fn tsc_khz(cpuinfo: &str) -> Option<u64> {
     let mhz: f64 = line.split(':').nth(1)?.trim().parse().ok()?;
     (mhz >= 1.0).then_some((mhz * 1000.0) as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coffer_proto::vmm::{self, FdIndex, Request, VsockConfig};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::fd::AsFd;
+
+    /// `count` open files, as they come with a request.
+    fn files(count: usize) -> Files {
+        let kind = SockType::SeqPacket;
+        let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        vmm::send(a.as_fd(), &Request::Metrics, &vec![a.as_fd(); count]).unwrap();
+        vmm::receive::<Request>(b.as_fd()).unwrap().1
+    }
+
+    fn file() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    fn sockets() -> Sockets {
+        Sockets {
+            qmp: file(),
+            console: file(),
+            vsock: file(),
+            fs: Some(file()),
+        }
+    }
+
+    fn config() -> VmConfig {
+        VmConfig {
+            id: "a".parse().unwrap(),
+            vcpus: 2,
+            memory_mib: 256,
+            kernel: FdIndex(0),
+            initrd: FdIndex(1),
+            cmdline: "one two".into(),
+            kvm: None,
+            vsock: VsockConfig {
+                guest_cid: 3,
+                listener: FdIndex(2),
+                ports: Vec::new(),
+            },
+            console: FdIndex(3),
+            fs: Some(FsConfig {
+                tag: "a,cache-size=1G".into(),
+                socket: FdIndex(4),
+            }),
+            nics: vec![NicConfig {
+                mac: [2, 0, 0, 0, 0, 10],
+                tap: None,
+            }],
+            disks: Vec::new(),
+            balloon: true,
+            uid: 1000,
+        }
+    }
+
+    fn value_after<'a>(line: &'a CommandLine, name: &str, part: &str) -> &'a str {
+        let mut pairs = line.arguments.windows(2);
+        let found = pairs.find(|pair| pair[0] == name && pair[1].to_str().unwrap().contains(part));
+        found.unwrap_or_else(|| panic!("no {name} with {part}"))[1]
+            .to_str()
+            .unwrap()
+    }
+
+    #[test]
+    fn text_of_the_configuration_can_add_no_options() {
+        let disk = DiskConfig {
+            serial: "s,drive=x".into(),
+            file: FdIndex(5),
+            read_only: true,
+        };
+        let config = VmConfig {
+            disks: vec![disk],
+            ..config()
+        };
+        let line = CommandLine::new(&config, &mut files(6), sockets()).unwrap();
+        let fs: Value =
+            serde_json::from_str(value_after(&line, "-device", "vhost-user-fs")).unwrap();
+        assert_eq!(fs["tag"], "a,cache-size=1G");
+        let disk: Value =
+            serde_json::from_str(value_after(&line, "-device", "virtio-blk")).unwrap();
+        assert_eq!(disk["serial"], "s,drive=x");
+        let node: Value = serde_json::from_str(value_after(&line, "-blockdev", "raw")).unwrap();
+        assert_eq!(
+            (&node["read-only"], &node["file"]["read-only"]),
+            (&json!(true), &json!(true))
+        );
+    }
+
+    #[test]
+    fn a_slot_without_tap_waits_at_a_hub() {
+        let line = CommandLine::new(&config(), &mut files(6), sockets()).unwrap();
+        assert_eq!(
+            value_after(&line, "-netdev", "net0"),
+            "hubport,id=net0,hubid=0"
+        );
+        assert!(value_after(&line, "-device", "virtio-net").ends_with("mac=02:00:00:00:00:0a"));
+        assert!(value_after(&line, "-append", "one").ends_with(" one two"));
+        assert_eq!(line.files.len(), 6, "kernel, initrd and four sockets");
+    }
+
+    #[test]
+    fn more_devices_than_slots_are_refused() {
+        let disk = DiskConfig {
+            serial: "s".into(),
+            file: FdIndex(5),
+            read_only: true,
+        };
+        let config = VmConfig {
+            disks: vec![disk; 3],
+            ..config()
+        };
+        let refused = CommandLine::new(&config, &mut files(9), sockets());
+        assert!(matches!(
+            refused,
+            Err(Error::TooManyDevices { want: 9, have: 8 })
+        ));
+    }
+
+    #[test]
+    fn the_tsc_rate_is_read_where_the_cpu_tells_it() {
+        let intel = "processor\t: 0\ncpu MHz\t\t: 2249.998\ncache size\t: 512 KB\n";
+        assert_eq!(tsc_khz(intel), Some(2_249_998));
+        assert_eq!(tsc_khz("cpu MHz : 0.000\n"), None);
+        assert_eq!(tsc_khz("model name : ARM\n"), None);
+    }
+}

@@ -6,6 +6,7 @@ use super::process::{Qemu, lock_up};
 use super::qmp::{Qmp, QmpError};
 use super::vsock::{self, Served};
 use super::{Error, reply};
+use crate::ring::ConsoleRing;
 use crate::virtio::vsock::Muxer;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, HOME_PORT};
 use coffer_proto::vmm::{
@@ -61,10 +62,10 @@ impl Machine {
 
         let pair = || UnixStream::pair().map_err(Error::host("make a socket pair"));
         let ((qmp, qemu_qmp), (console, qemu_console)) = (pair()?, pair()?);
-        console
-            .set_nonblocking(true)
-            .map_err(Error::host("set up the console's socket"))?;
-        let console = Console::new(console, files.take(config.console)?.into());
+        let ring = ConsoleRing::new(files.take(config.console)?.into())
+            .map_err(Error::host("map the console ring"))?;
+        let console =
+            Console::new(console, ring).map_err(Error::host("set up the console's socket"))?;
         let qemu_fs = config
             .fs
             .as_ref()
@@ -124,7 +125,7 @@ impl Machine {
             if ready.console {
                 self.console
                     .drain()
-                    .map_err(Error::host("write the console ring"))?;
+                    .map_err(Error::host("read the console"))?;
             }
             if ready.stderr {
                 self.qemu.read_stderr();
@@ -347,7 +348,7 @@ impl Machine {
         while self
             .console
             .drain()
-            .map_err(Error::host("write the console ring"))?
+            .map_err(Error::host("read the console"))?
         {}
         if let Some(reason) = self.killed.take() {
             return Ok(reason);

@@ -148,10 +148,13 @@ impl Qmp {
         Ok(std::mem::take(&mut self.events))
     }
 
+    /// Takes what is there. The end is told when nothing came before it.
     fn read(&mut self) -> Result<(), QmpError> {
         let mut buffer = [0; 8 << 10];
+        let before = self.unread.len();
         loop {
             match self.socket.read(&mut buffer) {
+                Ok(0) if self.unread.len() > before => return Ok(()),
                 Ok(0) => return Err(QmpError::Closed),
                 Ok(count) if self.unread.len() + count <= MAX_LINE => {
                     self.unread.extend(&buffer[..count]);
@@ -191,5 +194,78 @@ impl Qmp {
 impl AsFd for Qmp {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::thread::{JoinHandle, spawn};
+
+    /// A QEMU that greets and then says each line of `script` after one command.
+    fn fake(script: &'static [&'static str]) -> (UnixStream, JoinHandle<Vec<Value>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let thread = spawn(move || {
+            writeln!(&theirs, "{}", json!({"QMP": {"capabilities": []}})).unwrap();
+            let mut commands = BufReader::new(theirs.try_clone().unwrap()).lines();
+            let mut seen = Vec::new();
+            for answer in script {
+                seen.push(serde_json::from_str(&commands.next().unwrap().unwrap()).unwrap());
+                (&theirs).write_all(answer.as_bytes()).unwrap();
+            }
+            seen
+        });
+        (ours, thread)
+    }
+
+    #[test]
+    fn an_answer_is_found_among_events_and_they_are_kept() {
+        let (socket, qemu) = fake(&[
+            "{\"return\": {}}\n",
+            "{\"event\": \"STOP\"}\n{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"guest-reset\"}}\n{\"return\": 7}\n",
+        ]);
+        let mut qmp = Qmp::connect(socket).unwrap();
+        assert_eq!(qmp.execute("stop", &json!({"a": 1})).unwrap(), json!(7));
+        let seen = qemu.join().unwrap();
+        assert_eq!(seen[1], json!({"execute": "stop", "arguments": {"a": 1}}));
+        let events = qmp.take_events().unwrap();
+        assert_eq!(
+            events[1],
+            QmpEvent {
+                name: "SHUTDOWN".into(),
+                reason: "guest-reset".into()
+            }
+        );
+        assert!(matches!(qmp.take_events(), Err(QmpError::Closed)));
+    }
+
+    #[test]
+    fn a_refusal_names_command_and_reason() {
+        let (socket, _qemu) = fake(&[
+            "{\"return\": {}}\n",
+            "{\"error\": {\"class\": \"x\", \"desc\": \"no such link\"}}\n",
+        ]);
+        let error = Qmp::connect(socket)
+            .unwrap()
+            .execute("set_link", &json!({}))
+            .unwrap_err();
+        assert_eq!(error.to_string(), "QEMU refused set_link: no such link");
+    }
+
+    #[test]
+    fn an_end_in_the_middle_is_no_answer() {
+        for (script, name) in [
+            (&["{\"ret"][..], "half a line"),
+            (&["gar\n"], "garbage"),
+            (&[""], "nothing"),
+        ] {
+            let (socket, _qemu) = fake(script);
+            let error = Qmp::connect(socket).unwrap_err();
+            assert!(
+                matches!(error, QmpError::Closed | QmpError::Malformed(_)),
+                "{name}: {error:?}"
+            );
+        }
     }
 }
