@@ -6,20 +6,32 @@
 //!                        └─────► io    ══ vsock ═══════► one connection per stdio stream
 //! ```
 //!
+//! - [`supervise`](mod@supervise): the supervisor's life; [`task`]: its RPC service.
+//! - [`sandbox`]: the pod's state machine, and a recipe for each verb.
 //! - [`machine`]: what a sandbox is asked to be, and the recipe that boots it.
+//! - [`vmm`], [`agent`], [`io`]: clients of the hypervisor process, the agent, and its stdio streams.
+//! - [`state`] and [`cleanup`](mod@cleanup): what is on disk, and how a sandbox leaves the host by it alone.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`image`]: container images on disk.
 //! - [`config`]: the configuration file; [`check`]: what a VM needs of this machine, and who runs it.
 
+pub mod agent;
 pub mod cgroup;
 pub mod check;
+pub mod cleanup;
 pub mod config;
 pub mod containerd;
 pub mod image;
+pub mod io;
 pub mod machine;
 pub mod mount_points;
 pub mod network;
+pub mod sandbox;
 pub mod share;
 pub mod spec;
+pub mod state;
+pub mod supervise;
+pub mod task;
+pub mod vmm;

@@ -1,5 +1,414 @@
-//! The machine of a sandbox.
+//! The machine of a sandbox: a VM, its file server and its agent.
+//!
+//! [`boot`] is the whole recipe, top to bottom. It writes to `state.json` before it makes a thing, so whatever point it
+//! fails or is killed at, [`crate::cleanup`] finds everything.
 
+pub mod child;
 pub mod options;
+mod parts;
 
 pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
+pub use parts::{BootCause, open_console};
+
+use crate::agent::{Agent, AgentError};
+use crate::cleanup;
+use crate::io::Dialer;
+use crate::network::{self, Nic};
+use crate::share::Share;
+use crate::state::{Clock, Phase, StateFile};
+use crate::vmm::{Vmm, VmmError, chain};
+use child::Child;
+use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
+use coffer_proto::ids::ContainerId;
+use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::time::timeout;
+
+/// From the agent's "I shut down" to the end of the VM: sync is done, only the restart is left.
+const GUEST_EXIT: Duration = Duration::from_secs(3);
+/// A hypervisor process that was told to stop needs no guest for it.
+const VMM_EXIT: Duration = Duration::from_secs(2);
+/// When the agent's connection breaks, the reason is usually the VM's end, which is told a moment later.
+const BETTER_REASON: Duration = Duration::from_secs(1);
+/// The least time between two events of the guest that are looked at.
+const EVENT_INTERVAL: Duration = Duration::from_millis(50);
+/// Lines of the guest's console that an error quotes.
+const CONSOLE_LINES: usize = 12;
+
+/// What the first container's spec says about the pod.
+#[derive(Debug, Clone, Default)]
+pub struct Pod {
+    pub hostname: Option<String>,
+    /// The pod's network namespace on the host; None for no network.
+    pub netns: Option<PathBuf>,
+    /// `linux.cgroupsPath`; the sandbox's options go before.
+    pub cgroup: Option<String>,
+}
+
+/// Why there is no machine, with what its processes and its console said last.
+#[derive(Debug, thiserror::Error)]
+#[error("the VM did not start: {}{evidence}", chain(.cause))]
+pub struct BootError {
+    cause: BootCause,
+    evidence: String,
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+pub struct Machine {
+    pub agent: Agent,
+    pub vmm: Vmm,
+    pub share: Share,
+    pub dialer: Dialer,
+    fsd: Child,
+    console: File,
+    slowness: u32,
+    /// The pod's network namespace, while the network slot is still without a tap.
+    unplugged: Mutex<Option<PathBuf>>,
+}
+
+/// What ends or wakes the watch over a machine.
+#[derive(Debug)]
+pub enum Notice {
+    /// A container hit its memory limit.
+    OutOfMemory(ContainerId),
+    /// The machine is gone or of no use any more, for this reason.
+    Gone(String),
+}
+
+/// Boots the machine. On an error everything it had made is gone again.
+///
+/// The time until the agent has answered is limited by [`Hypervisor::boot_deadline`].
+pub async fn boot(
+    options: &SandboxOptions,
+    pod: &Pod,
+    state: &StateFile,
+) -> Result<Machine, BootError> {
+    let mut evidence = Evidence::default();
+    let cause = match assemble(options, pod, state, &mut evidence).await {
+        Ok(machine) => return Ok(machine),
+        Err(cause) => cause,
+    };
+    let evidence = evidence.collect().await;
+    let owned = state.get();
+    let released = tokio::task::spawn_blocking(move || cleanup::release(&owned)).await;
+    if let Ok(Err(error)) = released {
+        tracing::error!(
+            error = chain(&error),
+            "something of the failed boot is left"
+        );
+    }
+    Err(BootError { cause, evidence })
+}
+
+async fn assemble(
+    options: &SandboxOptions,
+    pod: &Pod,
+    state: &StateFile,
+    evidence: &mut Evidence,
+) -> Result<Machine, BootCause> {
+    let slowness = options.hypervisor.slowness();
+    let mut phases = Phases {
+        state,
+        start: Instant::now(),
+    };
+    let files = parts::BootFiles::open(options)?;
+    let dir = options.dir();
+    let console = parts::create_console(&dir)?;
+    evidence.console = Some(console.try_clone().map_err(BootCause::Console)?);
+    let uid = parts::take_uid(options, state)?;
+    let share = Share::create(&dir)?;
+    phases.done("share")?;
+
+    let cgroup = parts::create_cgroup(options.cgroup.as_ref().or(pod.cgroup.as_ref()), state)?;
+    let nics = match &pod.netns {
+        Some(netns) => {
+            state.update(|state| state.netns = Some(netns.clone()))?;
+            network::attach(netns, &[]).await?
+        }
+        None => Vec::new(),
+    };
+    phases.done("network")?;
+
+    let (fsd, fs_socket) = parts::start_fsd(options, &share)?;
+    evidence.fsd = Some(fsd.clone());
+    state.update(|state| state.fsd = Some(fsd.id))?;
+    let (process, control) = parts::start_hypervisor(options)?;
+    evidence.vmm = Some(process.clone());
+    state.update(|state| state.hypervisor = Some(process.id))?;
+    if let Some(cgroup) = &cgroup {
+        cgroup.add(fsd.id.pid)?;
+        cgroup.add(process.id.pid)?;
+    }
+    let vmm = Vmm::new(control, process).map_err(BootCause::Socket)?;
+    phases.done("processes")?;
+
+    let plugged = !nics.is_empty();
+    let interfaces: Vec<Interface> = nics.iter().map(|nic| nic.interface.clone()).collect();
+    let (config, sent, home) = parts::vm_config(
+        options,
+        uid,
+        files,
+        parts::Wires {
+            fs_socket,
+            nics,
+            console: &console,
+        },
+    )?;
+    let deadline = options.hypervisor.boot_deadline();
+    vmm.boot(config, sent, deadline).await?;
+    phases.done("vm")?;
+
+    let agent = Agent::new(home, slowness).map_err(BootCause::Socket)?;
+    let request = start_request(options, pod, interfaces)?;
+    let guest = tokio::select! {
+        guest = agent.start_sandbox(&request, deadline) => guest.map_err(|error| no_agent(error, deadline))?,
+        reason = vmm.gone() => return Err(BootCause::Gone(reason)),
+        reason = fsd.ended() => return Err(BootCause::Gone(reason)),
+    };
+    phases.guest(&vmm, guest)?;
+
+    let dialer = Dialer::new(&dir, slowness).map_err(BootCause::Socket)?;
+    let unplugged = Mutex::new(if plugged { None } else { pod.netns.clone() });
+    Ok(Machine {
+        agent,
+        vmm,
+        share,
+        dialer,
+        fsd,
+        console,
+        slowness,
+        unplugged,
+    })
+}
+
+fn start_request(
+    options: &SandboxOptions,
+    pod: &Pod,
+    interfaces: Vec<Interface>,
+) -> Result<StartSandboxRequest, BootCause> {
+    let mut entropy = vec![0; 64];
+    let urandom = File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut entropy));
+    urandom.map_err(|source| BootCause::Open {
+        path: "/dev/urandom".into(),
+        source,
+    })?;
+    let unix_ns = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_nanos();
+    let time = Resync {
+        unix_ns: i64::try_from(unix_ns).unwrap_or(i64::MAX),
+        entropy,
+        ..Default::default()
+    };
+    let hostname = pod
+        .hostname
+        .clone()
+        .unwrap_or_else(|| options.id.as_str().chars().take(63).collect());
+    Ok(StartSandboxRequest {
+        version: coffer_proto::VERSION.to_owned(),
+        hostname,
+        time: Some(time).into(),
+        share_tag: SHARE_TAG.to_owned(),
+        interfaces,
+        ..Default::default()
+    })
+}
+
+fn no_agent(error: AgentError, deadline: Duration) -> BootCause {
+    match error {
+        AgentError::Deadline { .. } => BootCause::AgentSilent(deadline),
+        other => BootCause::Agent(other),
+    }
+}
+
+impl Machine {
+    /// Waits for the next thing that the sandbox has to know.
+    pub async fn notice(&self) -> Notice {
+        let event = async {
+            tokio::time::sleep(EVENT_INTERVAL).await;
+            self.agent.next_oom().await
+        };
+        tokio::select! {
+            reason = self.vmm.gone() => Notice::Gone(self.explain(reason)),
+            reason = self.fsd.ended() => Notice::Gone(reason),
+            event = event => match event {
+                Ok(container) => Notice::OutOfMemory(container),
+                Err(error) => {
+                    let reason = timeout(BETTER_REASON, self.vmm.gone()).await.map(|reason| self.explain(reason));
+                    Notice::Gone(reason.unwrap_or_else(|_| chain(&error)))
+                }
+            },
+        }
+    }
+
+    /// A guest that ends by itself says why on its console, if anywhere.
+    fn explain(&self, reason: String) -> String {
+        match console_tail(&self.console, 1).pop() {
+            Some(line) => format!("{reason}; last line of its console: {line}"),
+            None => reason,
+        }
+    }
+
+    /// Ends the VM: by the agent if it answers, by the hypervisor process if that does, by SIGKILL otherwise.
+    pub async fn shut_down(&self) {
+        if self.agent.shutdown().await.is_ok()
+            && timeout(GUEST_EXIT * self.slowness, self.vmm.gone())
+                .await
+                .is_ok()
+        {
+            return;
+        }
+        self.kill().await;
+    }
+
+    /// Ends the VM whatever the guest does.
+    pub async fn kill(&self) {
+        if self.vmm.stop().await.is_ok() && timeout(VMM_EXIT, self.vmm.gone()).await.is_ok() {
+            return;
+        }
+        let id = self.vmm.process.id;
+        let killed = tokio::task::spawn_blocking(move || id.kill(VMM_EXIT)).await;
+        if let Ok(Err(error)) = killed {
+            tracing::error!(%error, "the hypervisor process can't be killed");
+        }
+    }
+
+    /// The host's pid that stands for every process of the guest.
+    pub fn host_pid(&self) -> u32 {
+        u32::try_from(self.vmm.process.id.pid).unwrap_or_default()
+    }
+
+    /// Takes an interface that appeared in the pod's namespace since the boot into the VM: docker and podman wire the
+    /// network between create and start.
+    pub async fn plug_late(&self) -> Result<(), BootCause> {
+        let Some(netns) = self
+            .unplugged
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
+        else {
+            return Ok(());
+        };
+        let Some(Nic { tap, interface, .. }) =
+            network::attach(&netns, &[]).await?.into_iter().next()
+        else {
+            return Ok(());
+        };
+        *self
+            .unplugged
+            .lock()
+            .expect("no holder of this lock panics") = None;
+        self.vmm.attach_tap(0, tap).await?;
+        self.agent
+            .configure_interface(&interface)
+            .await
+            .map_err(BootCause::Agent)
+    }
+}
+
+/// Times of the boot, kept in the state as they pass.
+struct Phases<'a> {
+    state: &'a StateFile,
+    start: Instant,
+}
+
+impl Phases<'_> {
+    fn done(&mut self, name: &str) -> Result<(), BootCause> {
+        let at = self.start.elapsed();
+        tracing::info!(phase = name, at_us = at.as_micros(), "boot");
+        Ok(self.state.update(|state| {
+            state.phases.push(Phase {
+                name: name.to_owned(),
+                at,
+                clock: Clock::Host,
+            })
+        })?)
+    }
+
+    fn guest(&mut self, vmm: &Vmm, guest: crate::agent::Guest) -> Result<(), BootCause> {
+        let ready = vmm
+            .phases()
+            .into_iter()
+            .find(|phase| phase.phase == BOOT_PHASE_AGENT_READY);
+        self.done("agent")?;
+        let times = guest.phases.into_iter().map(|(name, at)| Phase {
+            name,
+            at,
+            clock: Clock::Guest,
+        });
+        let ready = ready.map(|phase| Phase {
+            name: "agent ready".into(),
+            at: phase.at,
+            clock: Clock::Hypervisor,
+        });
+        let status = crate::state::Status::Running;
+        Ok(self.state.update(|state| {
+            state.phases.extend(times.chain(ready));
+            state.guest_kernel = Some(guest.kernel_release);
+            state.status = status;
+        })?)
+    }
+}
+
+/// What can explain a failed boot.
+#[derive(Debug, Default)]
+struct Evidence {
+    console: Option<File>,
+    vmm: Option<Child>,
+    fsd: Option<Child>,
+}
+
+impl Evidence {
+    async fn collect(self) -> String {
+        let mut text = String::new();
+        for child in [self.vmm, self.fsd].into_iter().flatten() {
+            // The cause may be the end of this child, of which we hear a moment later.
+            let _ = timeout(Duration::from_millis(100), child.ended()).await;
+            if let Some(ended) = child.has_ended() {
+                text.push_str(&format!("; {ended}"));
+            }
+            for line in child.last_words() {
+                text.push_str(&format!("\n  {line}"));
+            }
+        }
+        let lines = self
+            .console
+            .map(|console| console_tail(&console, CONSOLE_LINES))
+            .unwrap_or_default();
+        if !lines.is_empty() {
+            text.push_str(&format!(
+                "\nthe guest's console ended with:\n  {}",
+                lines.join("\n  ")
+            ));
+        }
+        text
+    }
+}
+
+/// The last lines of the guest's console, without control characters.
+fn console_tail(console: &File, lines: usize) -> Vec<String> {
+    let bytes = coffer_proto::vmm::console::read(console).unwrap_or_default();
+    let mut tail: Vec<String> = bytes
+        .rsplit(|b| *b == b'\n')
+        .map(|line| child::printable(&line[line.len().saturating_sub(400)..]))
+        .filter(|line| !line.trim().is_empty())
+        .take(lines)
+        .collect();
+    tail.reverse();
+    tail
+}
+
+impl From<VmmError> for BootCause {
+    fn from(error: VmmError) -> Self {
+        match error {
+            VmmError::Gone(reason) => Self::Gone(reason),
+            other => Self::Vmm(other),
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Pumps between real fifos and a fake VM: a unix listener that speaks CONNECT and the stream hello.
+
+use super::*;
+use coffer_proto::ids::ContainerId;
+use coffer_proto::stream::REFUSED;
+use std::io::{Read, Write};
+use std::os::unix::net as std_unix;
+
+struct Rig {
+    dir: tempfile::TempDir,
+    vm: std_unix::UnixListener,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let vm = std_unix::UnixListener::bind(dir.path().join(VSOCK_SOCKET)).unwrap();
+        Self { dir, vm }
+    }
+
+    fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    }
+
+    fn dialer(&self) -> Dialer {
+        Dialer::new(self.dir.path(), 1).unwrap()
+    }
+
+    /// The guest's side of one connection, on a thread.
+    fn guest<T: Send + 'static>(
+        &self,
+        status: u8,
+        serve: impl FnOnce(std_unix::UnixStream, Hello) -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
+        let vm = self.vm.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = vm.accept().unwrap();
+            let mut line = [0; 14];
+            stream.read_exact(&mut line).unwrap();
+            assert_eq!(&line, b"CONNECT 17235\n");
+            stream.write_all(b"OK 1073741824\n").unwrap();
+            let mut length = [0; 2];
+            stream.read_exact(&mut length).unwrap();
+            let mut json = vec![0; usize::from(u16::from_le_bytes(length))];
+            stream.read_exact(&mut json).unwrap();
+            stream.write_all(&[status]).unwrap();
+            serve(stream, Hello::decode(&json).unwrap())
+        })
+    }
+}
+
+fn key() -> ProcessKey {
+    ProcessKey::init(ContainerId::new("c").unwrap())
+}
+
+fn uri(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+/// Bytes in which a lost, doubled or swapped block shows.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length)
+        .map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_mebibytes_arrive_intact() {
+    let rig = Rig::new();
+    let path = rig.fifo("out");
+    let paths = StdioPaths {
+        stdout: uri(&path),
+        ..Default::default()
+    };
+    let data = pattern(100 << 20);
+    let sent = data.clone();
+    let guest = rig.guest(ATTACHED, move |mut stream, hello| {
+        assert_eq!(hello.stream, Stream::Stdout);
+        stream.write_all(&sent).unwrap();
+    });
+    let reader = std::thread::spawn(move || fs::read(path).unwrap());
+    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
+        .await
+        .unwrap();
+    io.drained().await;
+    guest.join().unwrap();
+    assert!(reader.join().unwrap() == data);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_reader_gets_everything_from_the_start() {
+    let rig = Rig::new();
+    let path = rig.fifo("out");
+    let paths = StdioPaths {
+        stdout: format!("fifo://{}", uri(&path)),
+        ..Default::default()
+    };
+    let data = pattern(3 << 20);
+    let sent = data.clone();
+    let guest = rig.guest(ATTACHED, move |mut stream, _| {
+        stream.write_all(&sent).unwrap()
+    });
+    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let reader = std::thread::spawn(move || fs::read(path).unwrap());
+    io.drained().await;
+    guest.join().unwrap();
+    assert!(reader.join().unwrap() == data);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_reader_the_process_is_held_back() {
+    let rig = Rig::new();
+    let path = rig.fifo("out");
+    let paths = StdioPaths {
+        stdout: uri(&path),
+        ..Default::default()
+    };
+    let guest = rig.guest(ATTACHED, |mut stream, _| {
+        stream
+            .set_write_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        let data = vec![0; 1 << 16];
+        let mut total = 0;
+        while let Ok(length) = stream.write(&data) {
+            total += length;
+        }
+        total
+    });
+    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
+        .await
+        .unwrap();
+    let taken = tokio::task::spawn_blocking(|| guest.join().unwrap())
+        .await
+        .unwrap();
+    assert!(taken < 4 << 20, "{taken} bytes were buffered");
+    drop(io);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn input_ends_with_close_io_and_not_with_a_client_that_leaves() {
+    let rig = Rig::new();
+    let path = rig.fifo("in");
+    let paths = StdioPaths {
+        stdin: uri(&path),
+        ..Default::default()
+    };
+    let guest = rig.guest(ATTACHED, |mut stream, hello| {
+        assert_eq!(hello.stream, Stream::Stdin);
+        let mut first = [0; 3];
+        stream.read_exact(&mut first).unwrap();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+        (first, rest)
+    });
+    let mut io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
+        .await
+        .unwrap();
+    for part in [&b"one"[..], b"two"] {
+        // Opens, writes and leaves.
+        fs::write(&path, part).unwrap();
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!guest.is_finished());
+    io.close_stdin();
+    io.close_stdin();
+    let (first, rest) = tokio::task::spawn_blocking(|| guest.join().unwrap())
+        .await
+        .unwrap();
+    assert_eq!((&first[..], &rest[..]), (&b"one"[..], &b"two"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_output_can_be_a_plain_file() {
+    let rig = Rig::new();
+    let path = rig.dir.path().join("log");
+    let paths = StdioPaths {
+        stderr: format!("file://{}", uri(&path)),
+        ..Default::default()
+    };
+    let guest = rig.guest(ATTACHED, |mut stream, _| stream.write_all(b"oops").unwrap());
+    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
+        .await
+        .unwrap();
+    io.drained().await;
+    guest.join().unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"oops");
+}
+
+#[tokio::test]
+async fn loggers_and_missing_fifos_are_refused_by_name() {
+    let open = |stdout: &str| {
+        Endpoints::open(&StdioPaths {
+            stdout: stdout.to_owned(),
+            ..Default::default()
+        })
+        .unwrap_err()
+    };
+    assert!(
+        open("binary:///bin/log?a=b")
+            .to_string()
+            .contains("binary://")
+    );
+    assert!(
+        open("/nonexistent/fifo")
+            .to_string()
+            .contains("/nonexistent/fifo")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_the_agent_does_not_know_is_an_error() {
+    let rig = Rig::new();
+    let paths = StdioPaths {
+        stdout: uri(&rig.fifo("out")),
+        ..Default::default()
+    };
+    let guest = rig.guest(REFUSED, |_, _| ());
+    let result = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key()).await;
+    assert!(matches!(
+        result,
+        Err(StdioError::Refused { stream: "stdout" })
+    ));
+    guest.join().unwrap();
+}

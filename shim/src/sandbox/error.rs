@@ -1,0 +1,92 @@
+//! What a caller of the sandbox is told, and with which gRPC code.
+
+use super::process::{ProcessKey, ProcessState};
+use crate::agent::AgentError;
+use crate::cleanup::CleanupError;
+use crate::io::StdioError;
+use crate::machine::{BootCause, BootError};
+use crate::mount_points::MountPointError;
+use crate::share::ShareError;
+use crate::spec::SpecError;
+use crate::state::StateError;
+use coffer_proto::ids::InvalidId;
+use std::io;
+use std::path::PathBuf;
+use ttrpc::Code;
+
+/// Why the sandbox did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Id(#[from] InvalidId),
+    /// containerd's own words, which its clients look for.
+    #[error("{0} does not exist")]
+    NotFound(ProcessKey),
+    #[error("{0}: process already finished")]
+    Finished(ProcessKey),
+    #[error("{0} already exists")]
+    Exists(ProcessKey),
+    #[error("can't {verb} {process}: it is {state}")]
+    State {
+        verb: &'static str,
+        process: ProcessKey,
+        state: ProcessState,
+    },
+    #[error("the sandbox has stopped: {0}")]
+    Stopped(String),
+    #[error("the container belongs to sandbox {wanted}, this is sandbox {this}")]
+    OtherSandbox { wanted: String, this: String },
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    #[error("{what} can't be parsed")]
+    Malformed {
+        what: &'static str,
+        source: serde_json::Error,
+    },
+    #[error("the signal {0} does not exist")]
+    Signal(u32),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Network(BootCause),
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    MountPoint(#[from] MountPointError),
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error("can't mount the container's root on {target}")]
+    Mount { target: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Cleanup(#[from] CleanupError),
+    #[error(transparent)]
+    Record(#[from] StateError),
+    #[error("the supervisor is ending")]
+    Ending,
+}
+
+impl Error {
+    /// The gRPC status code, as containerd's shims choose it.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::State { .. } | Self::OtherSandbox { .. } => Code::FAILED_PRECONDITION,
+            Self::Id(_) | Self::Malformed { .. } | Self::Signal(_) | Self::Spec(_) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Stdio(StdioError::Scheme { .. }) => Code::INVALID_ARGUMENT,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Stopped(_) | Self::Ending => Code::UNAVAILABLE,
+            Self::Agent(AgentError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
+            Self::Agent(AgentError::Broken { .. }) => Code::UNAVAILABLE,
+            Self::Agent(AgentError::Refused { code, .. }) => *code,
+            Self::Agent(AgentError::TooLarge { .. }) => Code::INVALID_ARGUMENT,
+            _ => Code::UNKNOWN,
+        }
+    }
+}

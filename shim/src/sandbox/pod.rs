@@ -1,0 +1,613 @@
+//! The pod's state machine: plain data, changed by its owner task only, one transition at a time.
+//!
+//! Nothing here waits or does I/O; the recipes in [`super`] do, between two transitions. Events go out in the order of the
+//! transitions, which is the order containerd requires: create, start, exit, delete.
+
+use super::error::Error;
+use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
+use crate::io::ProcessIo;
+use coffer_proto::ids::{ContainerId, ExecId};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime};
+use tokio::sync::mpsc;
+
+/// Where the pod is in its life; the diagram is in [`super`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SandboxState {
+    /// The supervisor serves; nobody has asked for a container.
+    New,
+    /// The first container was asked for and the VM boots.
+    Creating,
+    /// The agent has answered.
+    Running,
+    /// The VM is ending or has died, and what it owned on the host is being freed.
+    Stopping { reason: String },
+    /// Nothing of the VM is left. Containers keep their exit status until they are deleted.
+    Stopped { reason: String },
+}
+
+/// What the outside is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TaskEvent {
+    Create {
+        container: ContainerId,
+        bundle: PathBuf,
+        stdio: StdioPaths,
+        pid: u32,
+    },
+    Start {
+        container: ContainerId,
+        pid: u32,
+    },
+    ExecAdded {
+        container: ContainerId,
+        exec: ExecId,
+    },
+    ExecStarted {
+        container: ContainerId,
+        exec: ExecId,
+        pid: u32,
+    },
+    Oom {
+        container: ContainerId,
+    },
+    Paused {
+        container: ContainerId,
+    },
+    Resumed {
+        container: ContainerId,
+    },
+    Exit {
+        process: ProcessKey,
+        pid: u32,
+        exit: Exit,
+    },
+    Delete {
+        process: ProcessKey,
+        pid: u32,
+        exit: Exit,
+    },
+}
+
+/// Who makes the VM for a new container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// The caller: it is the first.
+    Boot,
+    /// It is there, or another caller is booting it.
+    Join,
+}
+
+/// A container: its init process and its execs.
+#[derive(Debug)]
+pub struct Container {
+    pub bundle: PathBuf,
+    pub init: Process,
+    pub execs: BTreeMap<ExecId, Process>,
+    /// A delete is under way; a second one finds nothing.
+    deleting: bool,
+}
+
+/// All the pod's state.
+#[derive(Debug)]
+pub struct Pod {
+    state: SandboxState,
+    /// The hypervisor process's pid, which stands for the guest's processes on the host; 0 before there is one.
+    pid: u32,
+    containers: BTreeMap<ContainerId, Container>,
+    events: mpsc::UnboundedSender<TaskEvent>,
+    /// Since when there is no container.
+    idle_since: Option<Instant>,
+}
+
+/// What `State` answers.
+#[derive(Debug, Clone)]
+pub struct Description {
+    pub bundle: PathBuf,
+    pub pid: u32,
+    pub state: ProcessState,
+    pub stdio: StdioPaths,
+    pub exit: Option<Exit>,
+}
+
+impl Pod {
+    /// A pod without containers. `events` gets every [`TaskEvent`]; its receiver bounds them.
+    pub fn new(events: mpsc::UnboundedSender<TaskEvent>) -> Self {
+        Self {
+            state: SandboxState::New,
+            pid: 0,
+            containers: BTreeMap::new(),
+            events,
+            idle_since: Some(Instant::now()),
+        }
+    }
+
+    pub fn state(&self) -> &SandboxState {
+        &self.state
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.containers.is_empty()
+    }
+
+    pub fn container_ids(&self) -> Vec<ContainerId> {
+        self.containers.keys().cloned().collect()
+    }
+
+    pub fn idle_since(&self) -> Option<Instant> {
+        self.idle_since
+    }
+
+    // The sandbox.
+
+    /// Creating → Running.
+    pub fn booted(&mut self, pid: u32) {
+        self.pid = pid;
+        if self.state == SandboxState::Creating {
+            self.state = SandboxState::Running;
+        }
+    }
+
+    /// Creating or Running → Stopping, by our own wish. False when it is past that.
+    pub fn begin_stop(&mut self, reason: &str) -> bool {
+        if matches!(
+            self.state,
+            SandboxState::Stopping { .. } | SandboxState::Stopped { .. }
+        ) {
+            return false;
+        }
+        self.state = SandboxState::Stopping {
+            reason: reason.to_owned(),
+        };
+        true
+    }
+
+    /// The VM is gone: whatever still ran in it has ended with it. Gives the reason that stays: the first one.
+    pub fn vm_gone(&mut self, reason: &str) -> String {
+        self.begin_stop(reason);
+        let reason = self.stop_reason().unwrap_or(reason).to_owned();
+        let exit = Exit {
+            status: VM_DIED,
+            at: SystemTime::now(),
+            reason: Some(reason.clone()),
+            oom_killed: false,
+        };
+        for id in self.container_ids() {
+            self.end_container(&id, &exit);
+        }
+        reason
+    }
+
+    /// Stopping → Stopped.
+    pub fn stopped(&mut self) {
+        if let SandboxState::Stopping { reason } = &self.state {
+            self.state = SandboxState::Stopped {
+                reason: reason.clone(),
+            };
+        }
+    }
+
+    fn stop_reason(&self) -> Option<&str> {
+        match &self.state {
+            SandboxState::Stopping { reason } | SandboxState::Stopped { reason } => Some(reason),
+            _ => None,
+        }
+    }
+
+    fn alive(&self) -> Result<(), Error> {
+        self.stop_reason()
+            .map_or(Ok(()), |reason| Err(Error::Stopped(reason.to_owned())))
+    }
+
+    // Creation.
+
+    /// Takes the name of a new container. The first one brings the VM with it.
+    pub fn begin_create(
+        &mut self,
+        id: &ContainerId,
+        bundle: PathBuf,
+        stdio: StdioPaths,
+    ) -> Result<Admission, Error> {
+        self.alive()?;
+        if self.containers.contains_key(id) {
+            return Err(Error::Exists(ProcessKey::init(id.clone())));
+        }
+        let container = Container {
+            bundle,
+            init: Process::new(stdio),
+            execs: BTreeMap::new(),
+            deleting: false,
+        };
+        self.containers.insert(id.clone(), container);
+        self.idle_since = None;
+        if self.state == SandboxState::New {
+            self.state = SandboxState::Creating;
+            return Ok(Admission::Boot);
+        }
+        Ok(Admission::Join)
+    }
+
+    /// Takes the name of a new exec.
+    pub fn begin_exec(
+        &mut self,
+        key: &ProcessKey,
+        exec: &ExecId,
+        stdio: StdioPaths,
+    ) -> Result<(), Error> {
+        self.alive()?;
+        let container = self.container_mut(&key.container)?;
+        let state = container.init.state;
+        if !matches!(state, ProcessState::Created | ProcessState::Running) {
+            return Err(Error::State {
+                verb: "exec in",
+                process: ProcessKey::init(key.container.clone()),
+                state,
+            });
+        }
+        if container.execs.contains_key(exec) {
+            return Err(Error::Exists(key.clone()));
+        }
+        container.execs.insert(exec.clone(), Process::new(stdio));
+        Ok(())
+    }
+
+    /// Creating → Created: the agent has it and its streams are attached.
+    pub fn created(&mut self, key: &ProcessKey, io: ProcessIo) -> Result<u32, Error> {
+        self.alive()?;
+        let pid = self.pid;
+        if key.exec.is_some() {
+            self.check_signal(&ProcessKey::init(key.container.clone()))?;
+        }
+        let container = self.container_mut(&key.container)?;
+        let bundle = container.bundle.clone();
+        let process = process_of(container, key)?;
+        process.state = ProcessState::Created;
+        process.io = Some(io);
+        let (container, stdio) = (key.container.clone(), process.stdio.clone());
+        self.emit(match key.exec.clone() {
+            None => TaskEvent::Create {
+                container,
+                bundle,
+                stdio,
+                pid,
+            },
+            Some(exec) => TaskEvent::ExecAdded { container, exec },
+        });
+        Ok(pid)
+    }
+
+    /// Takes a process out that came to nothing, or that was deleted.
+    pub fn forget(&mut self, key: &ProcessKey) {
+        match &key.exec {
+            None => drop(self.containers.remove(&key.container)),
+            Some(exec) => drop(
+                self.containers
+                    .get_mut(&key.container)
+                    .and_then(|c| c.execs.remove(exec)),
+            ),
+        }
+        if self.containers.is_empty() && self.idle_since.is_none() {
+            self.idle_since = Some(Instant::now());
+        }
+    }
+
+    // Start and end of a process.
+
+    /// Created → Starting.
+    pub fn begin_start(&mut self, key: &ProcessKey) -> Result<(), Error> {
+        self.alive()?;
+        let process = self.process_mut(key)?;
+        if process.state != ProcessState::Created {
+            return Err(Error::State {
+                verb: "start",
+                process: key.clone(),
+                state: process.state,
+            });
+        }
+        process.state = ProcessState::Starting;
+        Ok(())
+    }
+
+    /// Starting → Running, and on to Stopped if the end came first.
+    pub fn started(&mut self, key: &ProcessKey) -> Result<u32, Error> {
+        let pid = self.pid;
+        let process = self.process_mut(key)?;
+        if process.state != ProcessState::Starting {
+            // The VM died meanwhile, and its end was told.
+            return Ok(pid);
+        }
+        process.state = ProcessState::Running;
+        let early = process.early_exit.take();
+        let container = key.container.clone();
+        self.emit(match key.exec.clone() {
+            None => TaskEvent::Start { container, pid },
+            Some(exec) => TaskEvent::ExecStarted {
+                container,
+                exec,
+                pid,
+            },
+        });
+        if let Some(exit) = early {
+            self.exited(key, exit);
+        }
+        Ok(pid)
+    }
+
+    /// The agent could not let it run: it has ended without ever having been started.
+    pub fn start_failed(&mut self, key: &ProcessKey, exit: Exit) {
+        if let Ok(process) = self.process_mut(key) {
+            process.stop(exit);
+        }
+    }
+
+    /// A process has ended. The end of init ends every exec first. Waits for the start where that is under way.
+    pub fn exited(&mut self, key: &ProcessKey, exit: Exit) {
+        let Ok(process) = self.process_mut(key) else {
+            return;
+        };
+        if process.state == ProcessState::Starting {
+            process.early_exit = Some(exit);
+            return;
+        }
+        if key.exec.is_none() {
+            self.end_container(&key.container, &exit);
+        } else {
+            self.end_process(key, exit);
+        }
+    }
+
+    fn end_container(&mut self, id: &ContainerId, exit: &Exit) {
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        let killed = Exit {
+            status: VM_DIED,
+            oom_killed: false,
+            ..exit.clone()
+        };
+        for exec in container.execs.keys().cloned().collect::<Vec<_>>() {
+            self.end_process(
+                &ProcessKey {
+                    container: id.clone(),
+                    exec: Some(exec),
+                },
+                killed.clone(),
+            );
+        }
+        self.end_process(&ProcessKey::init(id.clone()), exit.clone());
+    }
+
+    fn end_process(&mut self, key: &ProcessKey, exit: Exit) {
+        let pid = self.pid;
+        let Ok(process) = self.process_mut(key) else {
+            return;
+        };
+        if process.state == ProcessState::Creating {
+            // It was never told of, and its creation is about to fail.
+            return;
+        }
+        let exit = process.early_exit.take().unwrap_or(exit);
+        if !process.stop(exit.clone()) {
+            return;
+        }
+        if let Some(io) = &mut process.io {
+            io.stop_stdin();
+        }
+        self.emit(TaskEvent::Exit {
+            process: key.clone(),
+            pid,
+            exit,
+        });
+    }
+
+    // Running containers.
+
+    /// Running → Paused once the agent has frozen it.
+    pub fn paused(&mut self, id: &ContainerId) -> Result<(), Error> {
+        self.switch(id, ProcessState::Running, ProcessState::Paused, "pause")?;
+        self.emit(TaskEvent::Paused {
+            container: id.clone(),
+        });
+        Ok(())
+    }
+
+    /// Paused → Running once the agent has thawed it.
+    pub fn resumed(&mut self, id: &ContainerId) -> Result<(), Error> {
+        self.switch(id, ProcessState::Paused, ProcessState::Running, "resume")?;
+        self.emit(TaskEvent::Resumed {
+            container: id.clone(),
+        });
+        Ok(())
+    }
+
+    fn switch(
+        &mut self,
+        id: &ContainerId,
+        from: ProcessState,
+        to: ProcessState,
+        verb: &'static str,
+    ) -> Result<(), Error> {
+        self.expect_state(&ProcessKey::init(id.clone()), from, verb)?;
+        let container = self.container_mut(id)?;
+        for process in container.execs.values_mut().chain([&mut container.init]) {
+            if process.state == from {
+                process.state = to;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses unless the process is in this state.
+    pub fn expect_state(
+        &self,
+        key: &ProcessKey,
+        wanted: ProcessState,
+        verb: &'static str,
+    ) -> Result<(), Error> {
+        match self.process(key)?.state {
+            state if state == wanted => Ok(()),
+            state => Err(Error::State {
+                verb,
+                process: key.clone(),
+                state,
+            }),
+        }
+    }
+
+    /// Whether a signal can reach it. A process that has ended is told apart from one that never was.
+    pub fn check_signal(&self, key: &ProcessKey) -> Result<(), Error> {
+        match self.process(key)?.state {
+            ProcessState::Stopped => Err(Error::Finished(key.clone())),
+            state @ ProcessState::Creating => Err(Error::State {
+                verb: "signal",
+                process: key.clone(),
+                state,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// A container hit its memory limit. Names that are not ours are the guest's invention.
+    pub fn out_of_memory(&mut self, id: &ContainerId) {
+        if self.containers.contains_key(id) {
+            self.emit(TaskEvent::Oom {
+                container: id.clone(),
+            });
+        }
+    }
+
+    /// Containers that have not ended.
+    pub fn live_containers(&self) -> usize {
+        self.containers
+            .values()
+            .filter(|c| c.init.state != ProcessState::Stopped)
+            .count()
+    }
+
+    // Deletion.
+
+    /// Lets a process be deleted that has ended or never ran. Gives its streams, to be drained.
+    pub fn begin_delete(&mut self, key: &ProcessKey) -> Result<Option<ProcessIo>, Error> {
+        let process = self.process_mut(key)?;
+        match process.state {
+            ProcessState::Stopped | ProcessState::Created => {}
+            state => {
+                return Err(Error::State {
+                    verb: "delete",
+                    process: key.clone(),
+                    state,
+                });
+            }
+        }
+        let io = process.io.take();
+        if key.exec.is_none() {
+            self.container_mut(&key.container)?.deleting = true;
+        }
+        Ok(io)
+    }
+
+    /// Takes a deleted process out; gives its end.
+    pub fn deleted(&mut self, key: &ProcessKey) -> Result<(u32, Exit), Error> {
+        let pid = self.pid;
+        // Deleted before it ran: that killed it.
+        let killed = Exit {
+            status: VM_DIED,
+            at: SystemTime::now(),
+            reason: None,
+            oom_killed: false,
+        };
+        let container = self
+            .containers
+            .get_mut(&key.container)
+            .ok_or_else(|| Error::NotFound(key.clone()))?;
+        let process = process_of(container, key)?;
+        if process.stop(killed.clone()) {
+            self.emit(TaskEvent::Exit {
+                process: key.clone(),
+                pid,
+                exit: killed.clone(),
+            });
+        }
+        let container = self
+            .containers
+            .get_mut(&key.container)
+            .ok_or_else(|| Error::NotFound(key.clone()))?;
+        let exit = process_of(container, key)?.exit().unwrap_or(killed);
+        self.forget(key);
+        self.emit(TaskEvent::Delete {
+            process: key.clone(),
+            pid,
+            exit: exit.clone(),
+        });
+        Ok((pid, exit))
+    }
+
+    // Looking things up.
+
+    /// What is known of a process.
+    pub fn describe(&self, key: &ProcessKey) -> Result<Description, Error> {
+        let process = self.process(key)?;
+        Ok(Description {
+            bundle: self.container(&key.container)?.bundle.clone(),
+            pid: self.pid,
+            state: process.state,
+            stdio: process.stdio.clone(),
+            exit: process.exit(),
+        })
+    }
+
+    /// A process that exists and is not being deleted.
+    pub fn process(&self, key: &ProcessKey) -> Result<&Process, Error> {
+        let container = self.container(&key.container)?;
+        match &key.exec {
+            None => Ok(&container.init),
+            Some(exec) => container
+                .execs
+                .get(exec)
+                .ok_or_else(|| Error::NotFound(key.clone())),
+        }
+    }
+
+    pub fn process_mut(&mut self, key: &ProcessKey) -> Result<&mut Process, Error> {
+        process_of(self.container_mut(&key.container)?, key)
+    }
+
+    pub fn container(&self, id: &ContainerId) -> Result<&Container, Error> {
+        let found = self
+            .containers
+            .get(id)
+            .filter(|container| !container.deleting);
+        found.ok_or_else(|| Error::NotFound(ProcessKey::init(id.clone())))
+    }
+
+    fn container_mut(&mut self, id: &ContainerId) -> Result<&mut Container, Error> {
+        let found = self
+            .containers
+            .get_mut(id)
+            .filter(|container| !container.deleting);
+        found.ok_or_else(|| Error::NotFound(ProcessKey::init(id.clone())))
+    }
+
+    fn emit(&self, event: TaskEvent) {
+        tracing::debug!(?event, "task event");
+        // Without a receiver nobody wants to know.
+        let _ = self.events.send(event);
+    }
+}
+
+fn process_of<'a>(
+    container: &'a mut Container,
+    key: &ProcessKey,
+) -> Result<&'a mut Process, Error> {
+    match &key.exec {
+        None => Ok(&mut container.init),
+        Some(exec) => container
+            .execs
+            .get_mut(exec)
+            .ok_or_else(|| Error::NotFound(key.clone())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

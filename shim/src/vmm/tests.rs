@@ -1,0 +1,110 @@
+use super::*;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::ffi::OsStr;
+use std::path::Path;
+
+/// A process that lives until its fd 3 closes, and the far end of the control socket.
+fn start() -> (Vmm, OwnedFd) {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    let script = OsStr::new("read -r line <&3; exit 0");
+    let child = Child::spawn(
+        Path::new("/bin/sh"),
+        &[OsStr::new("-c"), script],
+        theirs.as_fd(),
+    )
+    .unwrap();
+    (Vmm::new(ours, child).unwrap(), theirs)
+}
+
+/// Answers the next request on the far end.
+async fn answer(far: OwnedFd, message: FromVmm) -> (Request, OwnedFd) {
+    tokio::task::spawn_blocking(move || {
+        let (request, _files) = receive::<Request>(far.as_fd()).unwrap();
+        send(far.as_fd(), &message, &[]).unwrap();
+        (request, far)
+    })
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+async fn requests_get_their_replies_and_events_are_kept() {
+    let (vmm, far) = start();
+    send(
+        far.as_fd(),
+        &FromVmm::Event(Event::Phase {
+            phase: 1,
+            since_start_us: 1500,
+        }),
+        &[],
+    )
+    .unwrap();
+    let (metrics, (request, far)) = tokio::join!(
+        vmm.metrics(),
+        answer(far, FromVmm::Reply(Reply::Metrics(Metrics::default())))
+    );
+    assert_eq!(request, Request::Metrics);
+    assert_eq!(metrics.unwrap(), Metrics::default());
+    assert_eq!(
+        vmm.phases(),
+        [BootPhase {
+            phase: 1,
+            at: Duration::from_micros(1500)
+        }]
+    );
+    let refused = FromVmm::Reply(Reply::Failed {
+        message: "no\nsuch slot".into(),
+    });
+    let (stop, _) = tokio::join!(vmm.stop(), answer(far, refused));
+    assert_eq!(
+        stop.unwrap_err().to_string(),
+        "the hypervisor process refused: no such slot"
+    );
+}
+
+#[tokio::test]
+async fn the_reason_of_the_end_reaches_everyone() {
+    let (vmm, far) = start();
+    let failed = Exit::Failed {
+        message: "KVM_RUN failed".into(),
+    };
+    send(far.as_fd(), &FromVmm::Event(Event::Exited(failed)), &[]).unwrap();
+    drop(far);
+    vmm.process.id.kill(Duration::from_secs(5)).unwrap();
+    assert_eq!(vmm.gone().await, "KVM_RUN failed");
+    assert!(
+        matches!(vmm.metrics().await, Err(VmmError::Gone(reason)) if reason == "KVM_RUN failed")
+    );
+}
+
+#[tokio::test]
+async fn a_killed_process_is_named_with_its_signal() {
+    let (vmm, far) = start();
+    drop(far);
+    vmm.process.id.kill(Duration::from_secs(5)).unwrap();
+    assert_eq!(vmm.gone().await, "sh was killed by signal 9");
+}
+
+#[tokio::test]
+async fn a_reply_nobody_asked_for_ends_the_vm() {
+    let (vmm, far) = start();
+    send(far.as_fd(), &FromVmm::Reply(Reply::Done), &[]).unwrap();
+    let reason = vmm.gone().await;
+    assert!(reason.contains("nobody asked"), "{reason}");
+    assert!(!vmm.process.id.is_alive());
+}
+
+#[tokio::test]
+async fn no_answer_meets_the_deadline() {
+    let (vmm, _far) = start();
+    let answer = vmm
+        .call(Request::Metrics, Vec::new(), Duration::from_millis(20))
+        .await;
+    assert!(matches!(answer, Err(VmmError::Deadline(_))));
+}
