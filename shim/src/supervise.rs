@@ -53,11 +53,11 @@ pub enum SuperviseError {
 /// Serves one sandbox until it is deleted, and leaves nothing of it.
 ///
 /// When callers can connect, the socket's address (`unix://…` and a newline) is written to `ready`, which is then closed. `publisher`
-/// may have no address.
+/// is None where nobody wants events.
 pub async fn supervise(
     options: SandboxOptions,
     ready: Option<impl Write>,
-    publisher: Publisher,
+    publisher: Option<Publisher>,
 ) -> Result<(), SuperviseError> {
     let (root, id) = (options.root.clone(), options.id.clone());
     let state = claim(&options)?;
@@ -104,7 +104,7 @@ async fn serve(
     options: SandboxOptions,
     state: StateFile,
     ready: Option<impl Write>,
-    publisher: Publisher,
+    publisher: Option<Publisher>,
 ) -> Result<(), SuperviseError> {
     let path = task_socket(&options.root, &options.id);
     let listener = UnixListener::bind(&path).map_err(|source| SuperviseError::Socket {
@@ -116,6 +116,8 @@ async fn serve(
 
     let (events, mut source) = mpsc::unbounded_channel();
     let publishing = tokio::spawn(async move {
+        // Without a publisher the source closes here, and events go nowhere.
+        let Some(publisher) = publisher else { return };
         while let Some(event) = source.recv().await {
             publish(&publisher, event);
         }
