@@ -1,6 +1,7 @@
 //! QEMU's command line.
 
 use super::Error;
+use super::process::reopenable;
 use coffer_proto::vmm::{DiskConfig, Files, FsConfig, NicConfig, VmConfig};
 use serde_json::{Value, json};
 use std::ffi::OsString;
@@ -101,9 +102,8 @@ impl CommandLine {
                 parameters += &format!(" tsc_early_khz={khz}");
             }
         }
-        let (kernel, initrd) = (files.take(config.kernel)?, files.take(config.initrd)?);
-        let kernel = self.inherit(kernel);
-        let initrd = self.inherit(initrd);
+        let kernel = self.inherit(reopenable(files.take(config.kernel)?)?);
+        let initrd = self.inherit(reopenable(files.take(config.initrd)?)?);
         self.add("-kernel", format!("/proc/self/fd/{kernel}"));
         self.add("-initrd", format!("/proc/self/fd/{initrd}"));
         self.add("-append", format!("{parameters} {}", config.cmdline));

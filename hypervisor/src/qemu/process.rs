@@ -4,9 +4,11 @@
 
 use super::Error;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -29,6 +31,20 @@ pub fn lock_up(uid: u32) -> Result<(), Error> {
     setresgid(group, group, group).map_err(Error::host("change the group"))?;
     setresuid(user, user, user).map_err(Error::host("change the user"))?;
     nix::sys::prctl::set_no_new_privs().map_err(Error::host("set no_new_privs"))
+}
+
+/// A file that QEMU can open again by the path of its descriptor: the file itself, or a copy in memory where only the
+/// one who opened it for us may read it.
+pub fn reopenable(file: OwnedFd) -> Result<OwnedFd, Error> {
+    if File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).is_ok() {
+        return Ok(file);
+    }
+    let copy = || -> io::Result<OwnedFd> {
+        let mut copy = File::from(memfd_create(c"copy", MFdFlags::MFD_CLOEXEC)?);
+        io::copy(&mut File::from(file), &mut copy)?;
+        Ok(copy.into())
+    };
+    copy().map_err(Error::host("copy the kernel or the initrd"))
 }
 
 /// A running QEMU. Dropping it kills it.

@@ -23,9 +23,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Setup {
     pub config: VmConfig,
     pub initrd: Vec<u8>,
+    /// Which hypervisor process.
+    pub program: &'static str,
 }
 
-/// A `coffer-vmm` process.
+/// A `coffer-vmm` process, or a `coffer-qemu`.
 pub struct Vmm {
     child: Child,
     control: Option<OwnedFd>,
@@ -55,12 +57,18 @@ impl Vmm {
         let mut setup = Setup {
             config: config(),
             initrd: b"initrd".to_vec(),
+            program: env!("CARGO_BIN_EXE_coffer-vmm"),
         };
         change(&mut setup);
+        let accelerator = if setup.config.kvm.is_some() {
+            "/dev/kvm"
+        } else {
+            "/dev/null"
+        };
         let kvm = File::options()
             .read(true)
             .write(true)
-            .open("/dev/kvm")
+            .open(accelerator)
             .expect("these tests need /dev/kvm");
         let (kernel, initrd) = (file(kernel), file(&setup.initrd));
         let (control, theirs) = socketpair(
@@ -76,7 +84,7 @@ impl Vmm {
             &TimeVal::new(PATIENCE.as_secs() as i64, 0),
         )
         .unwrap();
-        let child = spawn(&theirs, log);
+        let child = spawn(setup.program, &theirs, log);
         let files = [
             kernel.as_fd(),
             initrd.as_fd(),
@@ -181,9 +189,9 @@ fn log_path(directory: &Path) -> PathBuf {
 }
 
 #[allow(unsafe_code)]
-fn spawn(control: &OwnedFd, log: File) -> Child {
+fn spawn(program: &str, control: &OwnedFd, log: File) -> Child {
     let fd = control.as_raw_fd();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffer-vmm"));
+    let mut command = Command::new(program);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -391,7 +391,7 @@ fn malformed_packets_reset_the_connection_they_name() {
         ("unknown type", |h| h.kind = 2),
         ("request on an existing key", |h| h.op = Some(Op::Request)),
         ("response on an open connection", |h| {
-            h.op = Some(Op::Response)
+            h.op = Some(Op::Response);
         }),
         ("longest length", |h| h.len = u32::MAX),
     ];
