@@ -189,9 +189,7 @@ fn mount(id: &str, i: usize, mount: &Mount) -> Result {
         return refuse(field("destination"), "is the root, which root.path is for");
     }
     let over_proc = destination == Path::new("/proc") && kind != Kind::Proc;
-    let below_proc = destination.starts_with("/proc/");
-    let below_proc =
-        below_proc || (destination.starts_with("/proc") && destination != Path::new("/proc"));
+    let below_proc = destination.starts_with("/proc") && destination != Path::new("/proc");
     let allowed = PROC_FILES.iter().any(|file| destination == Path::new(file));
     if over_proc || (below_proc && !allowed) {
         let reason = format!("{} would hide a part of /proc", destination.display());
