@@ -2,3 +2,4 @@
 
 pub mod bootstrap;
 pub mod publisher;
+pub mod start;

@@ -8,7 +8,7 @@ use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{Message, MessageFull};
+use protobuf::MessageFull;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Annotations by which containerd's and CRI-O's containers name their sandbox.
-const SANDBOX_ANNOTATIONS: [&str; 2] = [
+pub const SANDBOX_ANNOTATIONS: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
 ];
