@@ -10,7 +10,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, umount2};
-use nix::sys::stat::{Mode, SFlag, fstat, major, minor};
+use nix::sys::stat::{SFlag, fstat, major, minor};
 use nix::unistd::{chdir, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, Spec};
 

@@ -117,7 +117,7 @@ fn keys_nobody_knows_are_refused_with_their_path() {
         "process.user.shoe"
     );
     let mounts = json!([{"destination": "/a", "type": "tmpfs", "extra": true}]);
-    assert_eq!(refused("/mounts", mounts), "mounts.[0].extra");
+    assert_eq!(refused("/mounts", mounts), "mounts[0].extra");
     check(&with("/linux/resources/quantum", Value::Null)).unwrap();
 }
 
@@ -183,6 +183,7 @@ fn paths_of_others_and_paths_with_tricks_are_refused() {
         );
     }
     check(&with("/mounts", mount("/proc/cpuinfo", own))).unwrap();
+    check(&with("/mounts", json!([{"destination": "/proc", "type": "proc", "source": "proc"}]))).unwrap();
     assert_eq!(
         refused("/root/path", json!("/run/coffer/share/db/rootfs")),
         "root.path"
