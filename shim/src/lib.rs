@@ -16,11 +16,13 @@
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`image`]: container images on disk.
 //! - [`config`]: the configuration file; [`check`]: what a VM needs of this machine, and who runs it.
+//! - [`cli`]: the `coffer` command line.
 
 pub mod agent;
 pub mod cgroup;
 pub mod check;
 pub mod cleanup;
+pub mod cli;
 pub mod config;
 pub mod containerd;
 pub mod image;

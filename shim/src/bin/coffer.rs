@@ -1,1 +1,7 @@
-fn main() {}
+//! `coffer`: runs containers in microVMs of their own.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    coffer::cli::main()
+}

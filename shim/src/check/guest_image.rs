@@ -6,8 +6,12 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+/// Size of an `Elf64_Ehdr`, and of an `Elf64_Phdr`.
+const ELF_HEADER_BYTES: u64 = 64;
+const PROGRAM_HEADER_BYTES: usize = 56;
 const REMEDY: &str = "run cargo xtask build, or reinstall Coffer";
 
 /// The part of manifest.json that is compared.
@@ -27,6 +31,40 @@ struct Kernel {
 #[derive(Debug, Deserialize)]
 struct Described {
     sha256: String,
+}
+
+/// The versions of the installed guest image.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Version {
+    pub version: String,
+    /// `uname -r` in the guest.
+    pub kernel: String,
+}
+
+/// What the manifest says; the reason in one line where there is none.
+pub fn guest_image_version(config: &Config) -> Result<Version, String> {
+    let manifest = read_manifest(&config.libexec().join("manifest.json"))?;
+    Ok(Version {
+        version: manifest.version,
+        kernel: manifest.kernel.release,
+    })
+}
+
+/// A quick look before a VM is started: kernel and initrd are there and whole, as far as they tell themselves. The
+/// hashes are left to `coffer check`.
+pub fn guest_image(config: &Config) -> Result<(), String> {
+    check_kernel(&config.kernel())?;
+    let initrd = config.initrd();
+    let metadata = initrd
+        .metadata()
+        .map_err(|error| format!("{}: {error}", initrd.display()))?;
+    if !metadata.is_file() || metadata.len() == 0 {
+        return Err(format!(
+            "{} is no initrd: it is empty or no regular file",
+            initrd.display()
+        ));
+    }
+    Ok(())
 }
 
 pub(super) fn findings(config: &Config) -> Vec<Finding> {
@@ -60,23 +98,49 @@ fn read_manifest(path: &Path) -> Result<Manifest, String> {
     serde_json::from_slice(&text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// A bzImage is the usual mistake.
+/// An x86-64 ELF file with all its segments. A bzImage is the usual mistake, a partial copy the next.
 fn check_kernel(path: &Path) -> Result<(), String> {
     let read = |error: io::Error| format!("{}: {error}", path.display());
-    let mut start = Vec::new();
-    File::open(path)
-        .map_err(read)?
-        .take(20)
-        .read_to_end(&mut start)
+    let file = File::open(path).map_err(read)?;
+    let mut header = Vec::new();
+    (&file)
+        .take(ELF_HEADER_BYTES)
+        .read_to_end(&mut header)
         .map_err(read)?;
-    // ELF, 64 bit, little-endian; machine 62 is x86-64.
-    if start.starts_with(b"\x7fELF\x02\x01") && start.get(18..20) == Some(&[62, 0]) {
-        return Ok(());
+    // 64 bit, little-endian; machine 62 is x86-64.
+    if header.len() as u64 != ELF_HEADER_BYTES
+        || !header.starts_with(b"\x7fELF\x02\x01")
+        || header[18..20] != [62, 0]
+    {
+        return Err(format!(
+            "{} is no uncompressed x86-64 kernel (vmlinux)",
+            path.display()
+        ));
     }
-    Err(format!(
-        "{} is no uncompressed x86-64 kernel (vmlinux)",
-        path.display()
-    ))
+    let (table, entry_bytes) = (number(&header, 32, 8), number(&header, 54, 2));
+    let length = file.metadata().map_err(read)?.len();
+    for index in 0..number(&header, 56, 2) {
+        let mut entry = [0; PROGRAM_HEADER_BYTES];
+        let whole = file
+            .read_exact_at(&mut entry, table.saturating_add(index * entry_bytes))
+            .is_ok()
+            && number(&entry, 8, 8).saturating_add(number(&entry, 32, 8)) <= length;
+        if !whole {
+            return Err(format!(
+                "{} is cut off: segment {index} is not all there",
+                path.display()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A little-endian field.
+fn number(bytes: &[u8], offset: usize, length: usize) -> u64 {
+    bytes[offset..offset + length]
+        .iter()
+        .rev()
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 fn check_file(path: &Path, expected: Option<&str>) -> Result<String, String> {
@@ -118,16 +182,29 @@ mod tests {
     use super::*;
     use std::fs;
 
-    const ELF: &[u8] = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0rest of the kernel";
+    /// An ELF header with one segment of `segment` bytes at 120.
+    fn elf(segment: u64) -> Vec<u8> {
+        let mut file = vec![0; 120];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        (file[18], file[32], file[54], file[56]) = (62, 64, 56, 1);
+        file[64 + 8..64 + 16].copy_from_slice(&120_u64.to_le_bytes());
+        file[64 + 32..64 + 40].copy_from_slice(&segment.to_le_bytes());
+        file.extend([7; 100]);
+        file
+    }
 
     #[test]
-    fn a_kernel_is_an_elf_file_for_this_machine() {
+    fn a_kernel_is_a_whole_elf_file_for_this_machine() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), ELF).unwrap();
+        fs::write(file.path(), elf(100)).unwrap();
         check_kernel(file.path()).unwrap();
-        for bad in [&b""[..], b"MZ\0\0", &ELF[..19]] {
+        for bad in [&b""[..], b"MZ\0\0", &elf(100)[..60]] {
             fs::write(file.path(), bad).unwrap();
             assert!(check_kernel(file.path()).unwrap_err().contains("vmlinux"));
+        }
+        for bad in [&elf(101)[..], &elf(u64::MAX), &elf(100)[..100]] {
+            fs::write(file.path(), bad).unwrap();
+            assert!(check_kernel(file.path()).unwrap_err().contains("cut off"));
         }
         assert!(
             check_kernel(Path::new("/no/vmlinux"))

@@ -7,6 +7,7 @@ mod guest_image;
 mod host;
 mod kvm;
 
+pub use guest_image::{Version, guest_image, guest_image_version};
 pub use kvm::Kvm;
 
 use crate::config::{Config, HypervisorChoice};
@@ -196,9 +197,7 @@ fn choose(
                 )
             }
             _ => {
-                let warning = format!(
-                    "{kvm}; QEMU emulates the machine, which is slow and meant for trying out"
-                );
+                let warning = format!("{kvm}: using QEMU with software emulation, which is slow");
                 pick(Hypervisor::QemuEmulation, kvm.to_string(), Some(warning))
             }
         },

@@ -1,0 +1,191 @@
+//! A process in the foreground: its streams, terminal, signals and end are the caller's.
+
+use super::Error;
+use super::client::{Process, Task, TaskError};
+use super::stdio::{Copying, Fifos};
+use super::terminal::{RawMode, window_size};
+use containerd_shim_protos::ttrpc::Code;
+use nix::sys::signal::Signal;
+use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// Signals that are passed on to the process. Others have a meaning for this program, or none for it.
+const FORWARDED: [Signal; 6] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+];
+/// Exit status of a process whose output nobody takes: as if SIGPIPE had ended it.
+const BROKEN_PIPE: u8 = 128 + 13;
+
+/// The caller's signals from the moment this is made, so that none ends this program before it has cleaned up.
+#[derive(Debug)]
+pub(super) struct Caller {
+    signals: mpsc::Receiver<Signal>,
+    window: Signals,
+}
+
+impl Caller {
+    pub(super) fn listen() -> Result<Self, Error> {
+        let failed = |source| Error::Io {
+            what: "can't handle signals".into(),
+            source,
+        };
+        let (sender, signals) = mpsc::channel(16);
+        for kind in FORWARDED {
+            let mut stream = signal(SignalKind::from_raw(kind as i32)).map_err(failed)?;
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                while stream.recv().await.is_some() && sender.send(kind).await.is_ok() {}
+            });
+        }
+        Ok(Self {
+            signals,
+            window: signal(SignalKind::window_change()).map_err(failed)?,
+        })
+    }
+
+    /// Runs something that is not a process yet; a signal that would end this program ends it.
+    pub(super) async fn unless_interrupted<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(signal) = self.signals.recv() => {
+                    if !matches!(signal, Signal::SIGUSR1 | Signal::SIGUSR2) {
+                        return Err(Error::Interrupted(signal));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A process that is created and has its streams.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) task: Task,
+    pub(super) process: Process,
+    pub(super) terminal: bool,
+}
+
+impl Session {
+    /// Lets the process run and stays with it; gives its exit status.
+    pub(super) async fn run(&self, fifos: Fifos, caller: &mut Caller) -> Result<u8, Error> {
+        let mut copying = fifos.connect();
+        let raw = if self.terminal {
+            RawMode::enter().map_err(|source| Error::Io {
+                what: "can't set up the terminal".into(),
+                source,
+            })?
+        } else {
+            None
+        };
+        self.resize().await;
+        self.task.start(&self.process).await.map_err(exec_error)?;
+        self.resize().await;
+        let status = self.attend(&copying, caller).await;
+        copying.drained().await;
+        drop(raw);
+        status
+    }
+
+    async fn attend(&self, copying: &Copying, caller: &mut Caller) -> Result<u8, Error> {
+        let ended = self.task.wait(&self.process);
+        tokio::pin!(ended);
+        let (mut input_open, mut output_open) = (true, true);
+        loop {
+            tokio::select! {
+                status = &mut ended => {
+                    let status = u8::try_from(status?).unwrap_or(u8::MAX);
+                    return Ok(if output_open { status } else { BROKEN_PIPE });
+                }
+                Some(signal) = caller.signals.recv() => self.signal(signal).await,
+                _ = caller.window.recv() => self.resize().await,
+                () = copying.input_ended(), if input_open => {
+                    input_open = false;
+                    // The process may have ended meanwhile.
+                    let _ = self.task.close_stdin(&self.process).await;
+                }
+                () = copying.output_closed(), if output_open => {
+                    output_open = false;
+                    self.signal(Signal::SIGKILL).await;
+                }
+            }
+        }
+    }
+
+    /// A process that has just ended takes no signal, and its end is reported anyway.
+    async fn signal(&self, signal: Signal) {
+        if let Err(error) = self
+            .task
+            .kill(&self.process, (signal as i32).unsigned_abs(), false)
+            .await
+        {
+            tracing::debug!(%error, %signal, "signal not delivered");
+        }
+    }
+
+    async fn resize(&self) {
+        let Some((rows, columns)) = window_size().filter(|_| self.terminal) else {
+            return;
+        };
+        if let Err(error) = self.task.resize(&self.process, rows, columns).await {
+            tracing::debug!(%error, "terminal not resized");
+        }
+    }
+}
+
+/// The agent says ABORTED for a program that can't be executed; which of the two kinds, its message tells.
+pub(super) fn exec_error(error: TaskError) -> Error {
+    match error {
+        TaskError::Refused {
+            code: Code::ABORTED,
+            message,
+        } => {
+            let missing =
+                message.contains("No such file or directory") || message.contains("not found");
+            Error::Exec {
+                status: if missing { 127 } else { 126 },
+                message,
+            }
+        }
+        error => error.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_missing_is_told_from_one_that_can_not_run() {
+        let status = |message: &str| {
+            let error = exec_error(TaskError::Refused {
+                code: Code::ABORTED,
+                message: message.into(),
+            });
+            let Error::Exec { status, .. } = error else {
+                panic!("{error:?}")
+            };
+            status
+        };
+        assert_eq!(status("exec \"/no/such\": No such file or directory"), 127);
+        assert_eq!(
+            status("exec \"such\": executable file not found in $PATH"),
+            127
+        );
+        assert_eq!(status("exec \"/etc/passwd\": Permission denied"), 126);
+        let other = exec_error(TaskError::Refused {
+            code: Code::UNKNOWN,
+            message: "not found".into(),
+        });
+        assert!(matches!(other, Error::Task(_)));
+    }
+}

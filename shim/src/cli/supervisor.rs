@@ -1,0 +1,231 @@
+//! The supervisor as a process: how `run` starts it, and what it does before it serves.
+//!
+//! ```text
+//! coffer run ── spawns ──► coffer supervise --id ID      in a session of its own
+//!            ── stdin ───►   SandboxOptions as JSON
+//!            ◄── stdout ──   "unix://…/task.sock\n" when it serves, or "error: why\n"
+//! ```
+
+use super::Error;
+use crate::cleanup;
+use crate::machine::SandboxOptions;
+use crate::supervise::supervise;
+use coffer_proto::ids::SandboxId;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, Command};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// The supervisor's log in the sandbox's directory.
+pub(super) const LOG_FILE: &str = "supervisor.log";
+/// Longest answer of a supervisor: a path or one line of an error.
+const MAX_ANSWER: u64 = 16 << 10;
+/// Longest options; they hold paths and kernel parameters.
+const MAX_OPTIONS: u64 = 1 << 20;
+/// From the start of the program until it serves; it makes a directory and a socket.
+const START: Duration = Duration::from_secs(20);
+/// From Shutdown until everything is gone: the guest powers off, or is stopped.
+const END: Duration = Duration::from_secs(20);
+
+/// A supervisor that this process started.
+#[derive(Debug)]
+pub(super) struct Supervisor {
+    process: Child,
+    root: PathBuf,
+    id: SandboxId,
+}
+
+impl Supervisor {
+    /// Starts it and waits until it serves.
+    pub(super) async fn start(options: &SandboxOptions, log_level: &str) -> Result<Self, Error> {
+        let mut command = this_program(&options.root)?;
+        command.args([
+            "--log-level",
+            log_level,
+            "supervise",
+            "--id",
+            options.id.as_str(),
+        ]);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let failed = |source| Error::Io {
+            what: "can't start the supervisor".into(),
+            source,
+        };
+        let mut process = command.spawn().map_err(failed)?;
+        let json = serde_json::to_vec(options).expect("the options have only string keys");
+        let (mut stdin, stdout) = (
+            process.stdin.take().expect("piped"),
+            process.stdout.take().expect("piped"),
+        );
+        let answer = async {
+            stdin.write_all(&json).await?;
+            drop(stdin);
+            let mut line = String::new();
+            BufReader::new(stdout.take(MAX_ANSWER))
+                .read_line(&mut line)
+                .await?;
+            Ok(line)
+        };
+        let answer = tokio::time::timeout(START, answer).await;
+        let answer = answer
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(failed)?;
+        if !answer.starts_with("unix://") {
+            let message = answer.trim_end().trim_start_matches("error: ");
+            let message = if message.is_empty() {
+                "the supervisor ended without a word"
+            } else {
+                message
+            };
+            return Err(Error::Supervisor(message.into()));
+        }
+        Ok(Self {
+            process,
+            root: options.root.clone(),
+            id: options.id.clone(),
+        })
+    }
+
+    /// Waits until it has ended, which it does after Shutdown, and removes what it could not.
+    pub(super) async fn ended(mut self) -> Result<(), Error> {
+        let _ = tokio::time::timeout(END, self.process.wait()).await;
+        remove(self.root.clone(), self.id.clone()).await?;
+        // Killed by the cleanup if it was still there, and to be reaped by us.
+        let _ = self.process.wait().await;
+        Ok(())
+    }
+
+    /// Leaves it alone: it lives on when this process ends.
+    pub(super) fn detach(self) {}
+}
+
+/// Removes a sandbox by what its state says, on a thread that may block.
+pub(super) async fn remove(root: PathBuf, id: SandboxId) -> Result<(), Error> {
+    let removed = tokio::task::spawn_blocking(move || cleanup::cleanup(&root, &id)).await;
+    Ok(removed.expect("cleanup does not panic")?)
+}
+
+/// Starts the process that deletes a detached sandbox at its end.
+pub(super) fn start_reaper(root: &Path, id: &SandboxId) -> Result<(), Error> {
+    let mut command = this_program(root)?;
+    command
+        .args(["reap", "--id", id.as_str()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let spawned = command.spawn();
+    spawned.map(drop).map_err(|source| Error::Io {
+        what: "can't start coffer reap".into(),
+        source,
+    })
+}
+
+fn this_program(root: &Path) -> Result<Command, Error> {
+    let program = std::env::current_exe();
+    let program = program.map_err(|source| Error::Io {
+        what: "can't find the own program".into(),
+        source,
+    })?;
+    let mut command = Command::new(program);
+    command.arg("--root").arg(root).current_dir("/");
+    Ok(command)
+}
+
+/// Leaves the caller's session and closes what was inherited, before anything else is opened.
+#[allow(unsafe_code)]
+pub(super) fn daemonize() -> io::Result<()> {
+    nix::unistd::setsid()?;
+    // SAFETY: this runs first in a process that has opened nothing itself, so no owner of a descriptor is robbed.
+    nix::Error::result(unsafe { libc::close_range(3, libc::c_uint::MAX, 0) })?;
+    Ok(())
+}
+
+/// `coffer supervise`: serves until the sandbox is deleted.
+pub(super) async fn serve(log: &'static LogFile, root: &Path, id: &SandboxId) -> Result<(), Error> {
+    let result = async {
+        let mut json = Vec::new();
+        let read = io::stdin().take(MAX_OPTIONS).read_to_end(&mut json);
+        read.map_err(|source| Error::Io {
+            what: "can't read the options".into(),
+            source,
+        })?;
+        let options: SandboxOptions = serde_json::from_slice(&json).map_err(|error| Error::Io {
+            what: "can't parse the options".into(),
+            source: error.into(),
+        })?;
+        if options.id != *id || options.root != *root {
+            return Err(Error::Supervisor(
+                "the options are for another sandbox".into(),
+            ));
+        }
+        log.place
+            .set(options.dir().join(LOG_FILE))
+            .expect("set once");
+        let ready = io::stdout().as_fd().try_clone_to_owned();
+        let ready = ready.map_err(|source| Error::Io {
+            what: "can't use standard output".into(),
+            source,
+        })?;
+        Ok(supervise(options, Some(File::from(ready)), None).await?)
+    };
+    let result = result.await;
+    if let Err(error) = &result {
+        // Nobody reads it any more when the sandbox was there already.
+        let _ = writeln!(io::stdout(), "error: {}", super::one_line(error));
+    }
+    result
+}
+
+/// A log file in a directory that the supervisor makes itself: opened with the first line after that.
+#[derive(Debug, Default)]
+pub(super) struct LogFile {
+    place: OnceLock<PathBuf>,
+    file: OnceLock<File>,
+}
+
+impl LogFile {
+    fn file(&self) -> Option<&File> {
+        if let Some(file) = self.file.get() {
+            return Some(file);
+        }
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(self.place.get()?)
+            .ok()?;
+        Some(self.file.get_or_init(|| file))
+    }
+}
+
+/// One line on its way to the file. A line that can't be written is lost: there is nobody to tell.
+#[derive(Debug)]
+pub(super) struct LogLine<'a>(Option<&'a File>);
+
+impl Write for LogLine<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.map_or(Ok(line.len()), |mut file| file.write(line))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for &'static LogFile {
+    type Writer = LogLine<'a>;
+
+    fn make_writer(&'a self) -> LogLine<'a> {
+        LogLine(self.file())
+    }
+}
