@@ -125,16 +125,6 @@ pub fn mount_share(tag: &str) -> Result<(), GuestError> {
         MsFlags::MS_NODEV,
         None::<&str>,
     )
-    // Containers may ask for mounts that propagate; those go from one to another through here.
-    .and_then(|()| {
-        mount(
-            None::<&str>,
-            SHARE_DIR,
-            None::<&str>,
-            MsFlags::MS_SHARED,
-            None::<&str>,
-        )
-    })
     .map_err(|cause| failed(cause.into()))
 }
 
