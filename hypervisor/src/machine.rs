@@ -25,7 +25,6 @@ use crate::virtio::vsock::{Muxer, Vsock};
 use crate::virtio::{Memory, VirtioDevice};
 use coffer_proto::limits::{MAX_DISKS, MAX_NICS, MAX_VCPUS};
 use coffer_proto::vmm::{ControlError, Exit, Files, VmConfig, VsockConfig};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use std::fs::File;
 use std::io;
@@ -144,16 +143,12 @@ impl Machine {
         let memory = memory::create(u64::from(config.memory_mib) << 20)?;
         memory::register(&memory, &vm)?;
 
-        // Interrupt controllers and timer, inside KVM.
+        // Interrupt controllers, inside KVM. No PIT: Linux has kvm-clock and the TSC deadline timer, and a PIT would
+        // let a guest keep a host kernel thread busy outside its cgroup.
         let refused = |what| move |error| MachineError::Kvm(what, error);
         vm.set_tss_address(KVM_TSS).map_err(refused("TSS pages"))?;
         vm.create_irq_chip()
             .map_err(refused("interrupt controllers"))?;
-        let speaker = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        vm.create_pit2(speaker).map_err(refused("timer"))?;
 
         // Devices, in the order the guest finds them.
         let (queue, notices) = mpsc::channel();

@@ -318,7 +318,7 @@ impl Vcpu {
                     latest = wish
                         .changed
                         .wait(latest)
-                        .unwrap_or_else(PoisonError::into_inner)
+                        .unwrap_or_else(PoisonError::into_inner);
                 }
             }
         }

@@ -206,7 +206,8 @@ fn indirect_tables_that_are_nested_long_or_elsewhere_are_refused() {
         }
     };
     let nothing = |_: &FakeDriver| {};
-    let cases: [(&dyn Fn(&FakeDriver), u64, u32); 6] = [
+    type Prepare<'a> = &'a dyn Fn(&FakeDriver);
+    let cases: [(Prepare, u64, u32); 6] = [
         (&nested, 0x9000, 16),
         (&long, 0x9000, (u32::from(QUEUE_SIZE) + 2) * 16),
         (&nothing, 0x9000, 15),
