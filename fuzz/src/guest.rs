@@ -16,7 +16,7 @@ const RINGS: u64 = 0x8000;
 const AVAIL: u64 = 0x4000;
 const USED: u64 = 0x5000;
 /// Operations of one guest; the fuzzer gains nothing from longer ones.
-const MAX_OPERATIONS: usize = 256;
+pub(crate) const MAX_OPERATIONS: usize = 256;
 
 /// The bytes of the input that are left.
 #[derive(Debug)]

@@ -4,4 +4,4 @@
 mod guest;
 mod targets;
 
-pub use targets::{balloon, block, mmio, net};
+pub use targets::{balloon, block, mmio, net, vsock};

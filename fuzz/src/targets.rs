@@ -1,16 +1,19 @@
 //! One function for each target.
 
-use crate::guest::{Guest, Input, RAM};
+use crate::guest::{Guest, Input, MAX_OPERATIONS, RAM};
 use coffer_hypervisor::virtio::balloon::Balloon;
 use coffer_hypervisor::virtio::block::Block;
 use coffer_hypervisor::virtio::mmio::{Transport, Work};
 use coffer_hypervisor::virtio::net::Net;
-use coffer_hypervisor::virtio::{DeviceError, Memory};
+use coffer_hypervisor::virtio::vsock::{Muxer, Vsock};
+use coffer_hypervisor::virtio::{DeviceError, Memory, VirtioDevice};
 use nix::sched::{CloneFlags, unshare};
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::OnceLock;
 use vm_memory::GuestAddress;
@@ -64,6 +67,59 @@ pub fn net(input: &[u8]) {
             let _ = (&*host).write(&frame);
         }
     });
+}
+
+/// Stream sockets, with clients of the host that come, write, read and go when the input says so.
+pub fn vsock(input: &[u8]) {
+    const HOME: u32 = 17;
+    const CID: u64 = 3;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("vsock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let (home, ours) = UnixStream::pair().expect("a socket pair");
+    let muxer = Muxer::new(CID, listener, [(HOME, ours)]).expect("event descriptors");
+    let mut guest = Guest::new(Vsock::new(CID, muxer));
+    let mut clients = VecDeque::from([home]);
+    let mut received = 0;
+    guest.run(&mut Input(input), |_, what| match what {
+        0 if clients.len() < 32 => {
+            let mut client = UnixStream::connect(&path).expect("the listener");
+            client
+                .write_all(b"CONNECT 5\n")
+                .expect("room in a new socket");
+            clients.push_back(client);
+        }
+        1 => drop(clients.pop_front()),
+        2 => received += clients.iter().map(read_all).sum::<u64>(),
+        size => {
+            if let Some(mut client) = clients.back() {
+                client.set_nonblocking(true).expect("a socket");
+                // A full socket, or one whose other end is closed, takes nothing.
+                let _ = client.write(&vec![size; usize::from(size) * 32]);
+            }
+        }
+    });
+    received += clients.iter().map(read_all).sum::<u64>();
+    let sent = guest
+        .device
+        .counters()
+        .into_iter()
+        .find(|(name, _)| *name == "tx_bytes");
+    // Beside what the guest sent, each client of the listener reads `OK <port>`.
+    let greetings = MAX_OPERATIONS as u64 * 16;
+    assert!(
+        received <= sent.expect("a counter").1 + greetings,
+        "bytes from nowhere"
+    );
+}
+
+fn read_all(client: &UnixStream) -> u64 {
+    client.set_nonblocking(true).expect("a socket");
+    let mut client = client;
+    let mut all = Vec::new();
+    // It ends with an error where the socket is still open; what came before that is in `all`.
+    let _ = client.read_to_end(&mut all);
+    all.len() as u64
 }
 
 /// Registers of a device, in any order; the main thread's part is done when the transport asks for it.

@@ -43,3 +43,8 @@ fn balloon() {
 fn mmio() {
     replay("mmio", targets::mmio);
 }
+
+#[test]
+fn vsock() {
+    replay("vsock", targets::vsock);
+}

@@ -10,7 +10,7 @@ use crate::ring::ConsoleRing;
 use crate::virtio::vsock::Muxer;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, HOME_PORT};
 use coffer_proto::vmm::{
-    self, ControlError, Event, Exit, Files, FromVmm, Metrics, Reply, Request, VmConfig,
+    self, ControlError, Event, Exit, Files, FromVmm, Metrics, NicConfig, Reply, Request, VmConfig,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
@@ -29,6 +29,16 @@ enum Slot {
     Detached,
     /// It had a tap from boot that was taken away; QEMU can't connect the device again.
     Spent,
+}
+
+impl Slot {
+    fn at_boot(nic: &NicConfig) -> Self {
+        if nic.tap.is_some() {
+            Self::Direct
+        } else {
+            Self::Detached
+        }
+    }
 }
 
 /// A running machine.
@@ -52,12 +62,7 @@ impl Machine {
     /// Makes the machine and lets it run.
     pub fn boot(config: &VmConfig, mut files: Files, started: Instant) -> Result<Self, Error> {
         lock_up(config.uid)?;
-        let listener = UnixListener::from(files.take(config.vsock.listener)?);
-        let ports = config.vsock.ports.iter();
-        let ports: Vec<_> = ports
-            .map(|port| Ok((port.port, UnixStream::from(files.take(port.socket)?))))
-            .collect::<Result<_, ControlError>>()?;
-        let muxer = Muxer::new(config.vsock.guest_cid, listener, ports)?;
+        let muxer = muxer(config, &mut files)?;
         let (vsock, qemu_vsock) = vsock::serve(config.vsock.guest_cid, muxer)?;
 
         let pair = || UnixStream::pair().map_err(Error::host("make a socket pair"));
@@ -71,15 +76,11 @@ impl Machine {
             .as_ref()
             .map(|fs| files.take(fs.socket))
             .transpose()?;
-        let fs = qemu_fs
-            .as_ref()
-            .map(OwnedFd::try_clone)
-            .transpose()
-            .map_err(Error::host("copy a socket"))?;
-        let (qmp_end, console_end) = (qemu_qmp.into(), qemu_console.into());
+        let fs = qemu_fs.as_ref().map(OwnedFd::try_clone).transpose();
+        let fs = fs.map_err(Error::host("copy a socket"))?;
         let sockets = Sockets {
-            qmp: qmp_end,
-            console: console_end,
+            qmp: qemu_qmp.into(),
+            console: qemu_console.into(),
             vsock: qemu_vsock,
             fs: qemu_fs,
         };
@@ -89,21 +90,13 @@ impl Machine {
         drop(line);
         let qmp = Qmp::connect(qmp).map_err(|error| start_error(&mut qemu, error))?;
 
-        let slots = config.nics.iter().map(|nic| {
-            if nic.tap.is_some() {
-                Slot::Direct
-            } else {
-                Slot::Detached
-            }
-        });
-        let slots = slots.collect();
         let mut machine = Self {
             qemu,
             qmp,
             console,
             vsock,
             fs,
-            slots,
+            slots: config.nics.iter().map(Slot::at_boot).collect(),
             started,
             ready_us: None,
             shutdown: None,
@@ -363,6 +356,15 @@ impl Machine {
             },
         })
     }
+}
+
+fn muxer(config: &VmConfig, files: &mut Files) -> Result<Muxer, Error> {
+    let listener = UnixListener::from(files.take(config.vsock.listener)?);
+    let mut ports = Vec::with_capacity(config.vsock.ports.len());
+    for port in &config.vsock.ports {
+        ports.push((port.port, UnixStream::from(files.take(port.socket)?)));
+    }
+    Ok(Muxer::new(config.vsock.guest_cid, listener, ports)?)
 }
 
 /// What [`Machine::wait`] found.

@@ -74,6 +74,8 @@ pub struct Connection {
     /// Whether the muxer has it in its list of connections with packets for the guest.
     pub listed: bool,
     guest_cid: u64,
+    /// The guest asked for it.
+    from_guest: bool,
     socket: UnixStream,
     state: State,
     credit: Credit,
@@ -105,6 +107,7 @@ impl Connection {
         let mut connection =
             Self::new(request.src_cid, key, socket, State::Open, Pending::RESPONSE);
         connection.credit.learn(request);
+        connection.from_guest = true;
         connection
     }
 
@@ -114,6 +117,7 @@ impl Connection {
             deadline: None,
             listed: false,
             guest_cid,
+            from_guest: false,
             socket,
             state,
             credit: Credit::default(),
@@ -129,6 +133,15 @@ impl Connection {
 
     pub fn state(&self) -> State {
         self.state
+    }
+
+    /// The guest asked for it, and nothing went through yet.
+    pub fn is_untouched(&self) -> bool {
+        self.from_guest && self.credit.is_fresh() && self.guest_shut | self.host_shut == 0
+    }
+
+    pub fn into_socket(self) -> UnixStream {
+        self.socket
     }
 
     /// Nothing is left to do on either side.

@@ -40,6 +40,11 @@ impl Credit {
         }
     }
 
+    /// No byte went either way.
+    pub fn is_fresh(&self) -> bool {
+        self.sent == 0 && self.received == 0
+    }
+
     /// Bytes the guest has room for.
     pub fn available(&self) -> u32 {
         self.peer_space

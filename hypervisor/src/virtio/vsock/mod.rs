@@ -11,7 +11,8 @@
 //! - **Host to guest**: a client of the listener writes `CONNECT <port>\n`; the guest gets a REQUEST from a host port of
 //!   2^30 and above. Its RESPONSE is told to the client as `OK <host port>\n`, its RST by closing the socket.
 //! - **Guest to host**: only to the host ports of the configuration, each once; the connection then is the socket that
-//!   came with it. Everything else is answered with RST.
+//!   came with it. An attempt that the guest gave up before any byte went through does not count. Everything else is
+//!   answered with RST.
 //!
 //! A packet is a 44-byte header ([`Header`]) and, for RW, data. Each side counts what it received and what it
 //! consumed, and never sends more than the other has room for ([`Credit`]). Either side may say SHUTDOWN for one

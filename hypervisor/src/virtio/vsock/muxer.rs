@@ -268,11 +268,33 @@ impl Muxer {
 
     /// The guest sent RST.
     fn leave(&mut self, id: u64) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.leave();
-            self.keys.remove(&connection.key);
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        self.keys.remove(&connection.key);
+        if connection.is_untouched() {
+            return self.take_back(id);
         }
+        connection.leave();
         self.settle(id);
+    }
+
+    /// The guest gave up while it connected: Linux does after two seconds, which a busy host may take. The port stays
+    /// open for its next attempt.
+    fn take_back(&mut self, id: u64) {
+        let Some(connection) = self.connections.remove(&id) else {
+            return;
+        };
+        let port = connection.key.host_port;
+        let socket = connection.into_socket();
+        let forget = EpollEvent::default();
+        if self
+            .epoll
+            .ctl(ControlOperation::Delete, socket.as_raw_fd(), forget)
+            .is_ok()
+        {
+            self.ports.insert(port, socket);
+        }
     }
 
     /// Resets a connection from our side.
