@@ -97,6 +97,10 @@ impl CommandLine {
         } else {
             self.add("-accel", "tcg,thread=multi");
             self.add("-cpu", "max");
+            // Emulation keeps translated code by guest-physical page and drops it when a guest CPU writes there, but it
+            // does not see coffer-fsd write: a page that held a program and is reused for another file's would run the
+            // old code. Zeroing pages when the guest allocates them is such a write by the CPU.
+            parameters += " init_on_alloc=1";
             // microvm has nothing to calibrate the clock with but the PIT, which fails on a busy host.
             if let Some(khz) = host_tsc_khz() {
                 parameters += &format!(" tsc_early_khz={khz}");
