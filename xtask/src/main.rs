@@ -64,6 +64,9 @@ enum Command {
     },
 }
 
+/// Exit status when the node failed, not the command in it.
+const NODE_FAILED: u8 = 125;
+
 fn main() -> Result<ExitCode> {
     let project = Project::locate()?;
     match Command::parse() {
@@ -79,7 +82,14 @@ fn main() -> Result<ExitCode> {
         } => bench::measure(&product, &assets, runs)?,
         Command::Test(arguments) => test::run(&project, &arguments)?,
         Command::NodeTest { command } => return test::run_in_node(&project, &command),
-        Command::Node { share, command } => return node(&project, share.as_deref(), &command),
+        Command::Node { share, command } => {
+            return Ok(
+                node(&project, share.as_deref(), &command).unwrap_or_else(|error| {
+                    eprintln!("error: {error:#}");
+                    ExitCode::from(NODE_FAILED)
+                }),
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
