@@ -15,6 +15,8 @@ use crate::step::step;
 
 /// Entries of one kind that are kept: those of the branches one works on. The least recently used ones go.
 const KEPT_PER_KIND: usize = 4;
+/// Ends the name of an entry that is being made.
+const UNFINISHED: &str = ".unfinished";
 
 #[derive(Debug)]
 pub struct Cache {
@@ -47,14 +49,30 @@ impl Cache {
             File::open(&entry)?.set_modified(SystemTime::now()).ok();
             return Ok(entry);
         }
-        let unfinished = self.dir.join(format!(".{name}.unfinished"));
-        remove_tree(&unfinished)?;
+        self.remove_unfinished(kind)?;
+        let unfinished = self.dir.join(format!(".{name}{UNFINISHED}"));
         fs::create_dir(&unfinished).with_context(|| format!("create {}", unfinished.display()))?;
         step(what, || make(&unfinished))?;
         fs::rename(&unfinished, &entry)
             .with_context(|| format!("rename to {}", entry.display()))?;
         self.prune(kind)?;
         Ok(entry)
+    }
+
+    /// Removes what failed or interrupted makings have left.
+    fn remove_unfinished(&self, kind: &str) -> Result<()> {
+        let prefix = format!(".{kind}-");
+        for entry in fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let name = name.to_string_lossy();
+            let key = name
+                .strip_prefix(&prefix)
+                .and_then(|rest| rest.strip_suffix(UNFINISHED));
+            if key.is_some_and(|key| key.len() == Key::SHORT) {
+                remove_tree(&self.dir.join(&*name))?;
+            }
+        }
+        Ok(())
     }
 
     fn prune(&self, kind: &str) -> Result<()> {
