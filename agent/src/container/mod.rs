@@ -42,9 +42,9 @@ use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use coffer_proto::agent::StatContainerResponse;
@@ -384,7 +384,10 @@ impl Container {
         let step = format!("find the cgroup of process {}", self.init);
         let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init)).map_err(at(&*step))?;
         let path = text.trim().strip_prefix("0::/").unwrap_or_default();
-        if Path::new(path).components().next().map(|c| c.as_os_str())
+        if Path::new(path)
+            .components()
+            .next()
+            .map(Component::as_os_str)
             != Some(self.id.as_str().as_ref())
         {
             return Err(Failure::new(
@@ -416,10 +419,7 @@ impl Container {
             .as_ref()
             .is_some_and(|rules| !rules.is_empty())
         {
-            let mut program = self
-                .devices
-                .lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut program = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
             *program = install_device_rules(&self.cgroup, Some(limits), Some(&program))?;
         }
         Ok(())

@@ -157,6 +157,20 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
     Ok(trees)
 }
 
+/// Makes the proc file systems, in the new process's PID namespace. This comes before it lets go of the guest's: in a user
+/// namespace the kernel makes one only while another, with nothing of it hidden, is in sight.
+pub fn prepare_proc(mounts: &[Mount], trees: &mut Trees) -> Result<(), Failure> {
+    for (i, mount) in mounts.iter().enumerate() {
+        let (kind, options) = parse(i, mount)?;
+        if kind == Kind::Proc {
+            let tree = mount_api::new_mount(kind.file_system(), &options.parameters, 0)
+                .map_err(at(format!("mounts[{i}]: make proc for {}", target(mount))))?;
+            trees.insert(i, tree);
+        }
+    }
+    Ok(())
+}
+
 /// Mounts everything into the root, in the order of the spec.
 pub fn mount_all(root: &Root, mounts: &[Mount], trees: &Trees) -> Result<(), Failure> {
     for (i, mount) in mounts.iter().enumerate() {
@@ -166,8 +180,11 @@ pub fn mount_all(root: &Root, mounts: &[Mount], trees: &Trees) -> Result<(), Fai
             kind_name(mount),
             target(mount)
         );
-        mount_one(root, mount, kind, &options, trees.get(&i).map(AsFd::as_fd))
-            .map_err(|failure| Failure { step, ..failure })?;
+        let prepared = trees.get(&i).map(AsFd::as_fd);
+        mount_one(root, mount, kind, &options, prepared).map_err(|failure| Failure {
+            step: format!("{step}: {}", failure.step),
+            ..failure
+        })?;
     }
     Ok(())
 }

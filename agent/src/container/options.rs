@@ -12,7 +12,7 @@ use super::mount_api::{
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct MountOptions {
     /// `bind` or `rbind`.
-    pub bind: Option<BindDepth>,
+    pub bind: Option<Depth>,
     /// For the mount itself.
     pub attr: MountAttr,
     /// For it and all below it: `rro` and its like.
@@ -23,15 +23,6 @@ pub struct MountOptions {
     pub copy_up: bool,
     /// What only the file system understands.
     pub parameters: Vec<(String, Option<String>)>,
-}
-
-/// [`Depth`] of a bind mount.
-pub type BindDepth = Depth;
-
-impl Default for Depth {
-    fn default() -> Self {
-        Self::One
-    }
 }
 
 /// Option, whether it sets or clears, and what.

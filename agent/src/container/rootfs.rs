@@ -68,7 +68,9 @@ pub fn prepare(id: &str, spec: &Spec, cgroup: bool, user: bool) -> Result<Prepar
 
 /// Makes the container's root the root of the calling process, which is alone in its mount namespace, and lets go of
 /// everything else.
-pub fn enter(prepared: &Prepared) -> Result<Root, Failure> {
+pub fn enter(spec: &Spec, prepared: &mut Prepared) -> Result<Root, Failure> {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    mounts::prepare_proc(mounts, &mut prepared.trees)?;
     let guest = Root::current().map_err(at("open the guest's root"))?;
     let private = MountAttr {
         propagation: MsFlags::MS_PRIVATE.bits(),
@@ -171,7 +173,7 @@ fn mask(root: &Root, path: &Path) -> std::io::Result<()> {
         let parameters = parameters.map(|(k, v)| (k.to_owned(), Some(v.to_owned())));
         mount_api::new_mount(c"tmpfs", &parameters, MOUNT_ATTR_RDONLY)?
     } else {
-        let null = root.open_without_symlinks(Path::new("/dev/null"), OFlag::O_PATH)?;
+        let null = root.open(Path::new("/dev/null"), OFlag::O_PATH)?;
         check_is_null(null.as_fd())?;
         mount_api::clone_tree(null.as_fd(), Depth::One)?
     };
@@ -187,7 +189,12 @@ fn check_is_null(fd: BorrowedFd<'_>) -> nix::Result<()> {
 }
 
 fn finish_root(root: &Root, spec: &Spec) -> Result<(), Failure> {
-    if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
+    if spec
+        .root()
+        .as_ref()
+        .and_then(oci_spec::runtime::Root::readonly)
+        == Some(true)
+    {
         let attr = MountAttr {
             set: MOUNT_ATTR_RDONLY,
             ..MountAttr::default()

@@ -16,7 +16,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Pid, Uid, pipe2, setgroups, setresgid, setresuid, setsid};
-use oci_spec::runtime::{ContainerState, Linux, Spec};
+use oci_spec::runtime::{ContainerState, Linux, Process, Spec};
 
 use super::failure::{Failure, at};
 use super::namespaces::{self, Plan};
@@ -104,11 +104,8 @@ fn create(
     if plan.time {
         namespaces::unshare_time(linux)?;
     }
-    let prepared = rootfs::prepare(id, spec, plan.cgroup, plan.user)?;
-    let score = spec
-        .process()
-        .as_ref()
-        .and_then(|process| process.oom_score_adj());
+    let mut prepared = rootfs::prepare(id, spec, plan.cgroup, plan.user)?;
+    let score = spec.process().as_ref().and_then(Process::oom_score_adj);
     let born = |pid: Pid| {
         if plan.user {
             namespaces::write_id_maps(pid, linux)?;
@@ -117,7 +114,7 @@ fn create(
     };
     match clone(plan.clone_flags(), fds, plan.join_flags(), born, socket)? {
         Side::Stage => Ok(()),
-        Side::Process => match init(id, spec, plan, &prepared, source, socket)? {},
+        Side::Process => match init(id, spec, plan, &mut prepared, source, socket)? {},
     }
 }
 
@@ -126,7 +123,7 @@ fn init(
     id: &str,
     spec: &Spec,
     plan: Plan,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
     source: Source,
     socket: &UnixStream,
 ) -> Result<Infallible, Failure> {
@@ -140,7 +137,7 @@ fn init(
     if plan.own_uts {
         namespaces::set_host_names(spec)?;
     }
-    let root = rootfs::enter(prepared)?;
+    let root = rootfs::enter(spec, prepared)?;
     let size = match source {
         Source::Terminal(rows, columns) => Some((rows, columns)),
         Source::Streams(_) => None,

@@ -183,7 +183,11 @@ fn paths_of_others_and_paths_with_tricks_are_refused() {
         );
     }
     check(&with("/mounts", mount("/proc/cpuinfo", own))).unwrap();
-    check(&with("/mounts", json!([{"destination": "/proc", "type": "proc", "source": "proc"}]))).unwrap();
+    check(&with(
+        "/mounts",
+        json!([{"destination": "/proc", "type": "proc", "source": "proc"}]),
+    ))
+    .unwrap();
     assert_eq!(
         refused("/root/path", json!("/run/coffer/share/db/rootfs")),
         "root.path"
