@@ -77,6 +77,8 @@ fn agent() -> ! {
     let result = init::prepare(&mut phases)
         .map_err(anyhow::Error::from)
         .and_then(|()| {
+            network::bring_loopback_up()?;
+            phases.reach("loopback");
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(WORKERS)
                 .max_blocking_threads(BLOCKING_THREADS)
@@ -94,8 +96,7 @@ fn agent() -> ! {
 /// Serves the shim until it goes away.
 async fn serve(mut phases: boot::Phases) -> anyhow::Result<()> {
     let reaper = reaper::Reaper::start()?;
-    network::bring_loopback_up().await?;
-    phases.reach("network");
+    phases.reach("runtime");
     let sandbox = Arc::new(sandbox::Sandbox::new(reaper, phases));
     let streams = streams::Listener::bind()?;
     tokio::spawn(streams.serve(sandbox.clone()));

@@ -17,8 +17,10 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
 };
+use nix::sys::socket::{AddressFamily as SocketFamily, SockFlag, SockType, socket};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::net::IpAddr;
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -33,6 +35,8 @@ pub enum NetworkError {
     Invalid { field: &'static str, value: String },
     #[error("no network card has the MAC address {0} after {CARD_DEADLINE:?}")]
     NoCard(Mac),
+    #[error("can't bring lo up")]
+    Loopback(#[source] std::io::Error),
     #[error("can't open a netlink socket")]
     Socket(#[source] std::io::Error),
     #[error("can't {action}")]
@@ -43,17 +47,25 @@ pub enum NetworkError {
     },
 }
 
-/// Brings `lo` up; the kernel gives it its addresses then.
-pub async fn bring_loopback_up() -> Result<(), NetworkError> {
-    const LOOPBACK_INDEX: u32 = 1;
-    let handle = open()?;
-    let up = LinkUnspec::new_with_index(LOOPBACK_INDEX).up().build();
-    handle
-        .link()
-        .set(up)
-        .execute()
-        .await
-        .map_err(because("bring lo up"))
+/// Brings `lo` up; the kernel gives it its addresses then. An ioctl, because at boot a netlink socket and its task cost
+/// more than all that is done with them.
+#[allow(unsafe_code)]
+pub fn bring_loopback_up() -> Result<(), NetworkError> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(SocketFamily::Inet, SockType::Datagram, flags, None)
+        .map_err(|error| NetworkError::Loopback(error.into()))?;
+    let mut name = [0; libc::IFNAMSIZ];
+    name[..2].copy_from_slice(&[b'l'.cast_signed(), b'o'.cast_signed()]);
+    let ifru_flags = libc::c_short::try_from(libc::IFF_UP).expect("IFF_UP is 1");
+    let up = libc::ifreq {
+        ifr_name: name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags },
+    };
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, with the name closed by a zero, which outlives the call.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const up) } {
+        0 => Ok(()),
+        _ => Err(NetworkError::Loopback(std::io::Error::last_os_error())),
+    }
 }
 
 /// Gives a card the name, addresses, routes and neighbours of `interface`, and takes from it all others.
@@ -392,7 +404,7 @@ mod tests {
     #[test]
     fn lo_comes_up() {
         with_card(async || {
-            bring_loopback_up().await.unwrap();
+            bring_loopback_up().unwrap();
             assert!(ip("address show lo").contains("127.0.0.1/8"));
         });
     }
