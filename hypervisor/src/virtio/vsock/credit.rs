@@ -56,10 +56,10 @@ impl Credit {
         self.sent = self.sent.wrapping_add(length);
     }
 
-    /// The guest sent `length` bytes.
+    /// The guest sent `length` bytes. What counts is the space it was told of, even if more is free by now.
     pub fn receive(&mut self, length: u32) -> Result<(), OverCredit> {
-        let held = self.received.wrapping_sub(self.consumed);
-        if length > BUFFER - held {
+        let unacknowledged = self.received.wrapping_sub(self.told);
+        if length > BUFFER - unacknowledged {
             return Err(OverCredit);
         }
         self.received = self.received.wrapping_add(length);
