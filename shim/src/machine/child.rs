@@ -72,7 +72,10 @@ impl ProcessId {
     /// A pidfd, or None when the process is gone. The start time is compared after opening, so the answer holds.
     fn open(&self) -> io::Result<Option<OwnedFd>> {
         let pidfd = match pidfd_open(self.pid) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            // EINVAL: the number lives on as that of a process group whose first process is gone.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => {
+                return Ok(None);
+            }
             other => other?,
         };
         Ok(Self::of(self.pid)
