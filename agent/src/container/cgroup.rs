@@ -162,8 +162,14 @@ impl Cgroup {
         if !self.path.exists() {
             return Ok(());
         }
-        self.kill()?;
-        self.wait_for_event("populated", "0", EMPTY_DEADLINE)?;
+        let killed = self
+            .kill()
+            .and_then(|()| self.wait_for_event("populated", "0", EMPTY_DEADLINE));
+        match killed {
+            // Another call has removed it meanwhile.
+            Err(failure) if [Some(libc::ENOENT), Some(libc::ENODEV)].contains(&failure.errno) => {}
+            killed => _ = killed?,
+        }
         for path in self.tree()?.iter().rev() {
             match fs::remove_dir(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

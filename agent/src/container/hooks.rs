@@ -4,16 +4,15 @@
 //! host and never get here.
 
 use std::io::{ErrorKind, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::{ContainerState, Hook, State, StateBuilder};
 
 use super::failure::{Failure, at};
+use super::pidfd;
 
 /// The state a hook reads from its stdin.
 pub fn state(id: &str, status: ContainerState, annotations: Option<&Annotations>) -> State {
@@ -72,7 +71,7 @@ fn run(hook: &Hook, state: &State) -> std::io::Result<ExitStatus> {
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok());
     if let Some(timeout) = timeout.map(Duration::from_secs)
-        && !ends_within(&child, timeout)?
+        && !pidfd::ends_within(pidfd::open(child.id())?.as_fd(), timeout)?
     {
         child.kill()?;
         child.wait()?;
@@ -80,28 +79,4 @@ fn run(hook: &Hook, state: &State) -> std::io::Result<ExitStatus> {
         return Err(std::io::Error::new(ErrorKind::TimedOut, message));
     }
     child.wait()
-}
-
-fn ends_within(child: &Child, timeout: Duration) -> nix::Result<bool> {
-    let pidfd = pidfd_open(child)?;
-    let until = Instant::now() + timeout;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        let fds = PollFd::new(pidfd.as_fd(), PollFlags::POLLIN);
-        match poll(&mut [fds], left) {
-            Ok(0) => return Ok(false),
-            Ok(_) => return Ok(true),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-}
-
-#[allow(unsafe_code, reason = "nix has no pidfd_open")]
-fn pidfd_open(child: &Child) -> nix::Result<OwnedFd> {
-    // SAFETY: takes two integers.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) })?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(libc::c_int::try_from(fd).unwrap_or_default()) })
 }

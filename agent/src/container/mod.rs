@@ -16,6 +16,7 @@
 //! Both the stage and the processes it clones are children of the agent, which has to reap every child it has: no
 //! function of this module waits for one.
 
+mod affinity;
 mod capabilities;
 mod cgroup;
 mod console;
@@ -27,6 +28,7 @@ mod mount_api;
 mod mounts;
 mod namespaces;
 mod options;
+mod pidfd;
 mod process;
 mod resources;
 mod root;
@@ -52,7 +54,9 @@ use coffer_proto::ids::ContainerId;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxPersonality, LinuxResources, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{
+    ExecCPUAffinity, LinuxPersonality, LinuxResources, LinuxSeccomp, Process, Spec,
+};
 
 use cgroup::{CGROUP_ROOT, Cgroup};
 use failure::{Failure, at};
@@ -156,6 +160,8 @@ pub struct Container {
     namespaces: i32,
     seccomp: Option<LinuxSeccomp>,
     personality: Option<LinuxPersonality>,
+    /// For further processes that name none of their own.
+    affinity: Option<ExecCPUAffinity>,
 }
 
 /// Creates a container up to the point before its process runs the user's program.
@@ -179,6 +185,10 @@ pub fn create(
                 namespaces: born.namespaces,
                 seccomp: linux.and_then(|linux| linux.seccomp().clone()),
                 personality: linux.and_then(|linux| linux.personality().clone()),
+                affinity: spec
+                    .process()
+                    .as_ref()
+                    .and_then(|p| p.exec_cpu_affinity().clone()),
             };
             Ok((container, born.started))
         }
@@ -276,22 +286,19 @@ fn run_stage(
         .spawn()
         .map_err(at("run the stage"))?;
     send_work(&socket, id, task, stdio, fds)?;
-    let (report, mut pidfd) = next_report(&socket, "clone the process")?;
-    let Report::Cloned { pid, namespaces } = report else {
-        return Err(Failure::new(
-            "clone the process",
-            format!("unexpected {report:?}"),
-        ));
+    let (Report::Cloned { pid, namespaces }, mut pidfd) =
+        next_report(&socket, "clone the process")?
+    else {
+        return Err(Failure::new("clone the process", "the stage told no pid"));
     };
     let pidfd = pidfd
         .pop()
         .ok_or_else(|| Failure::new("clone the process", "no pidfd came"))?;
-    let (report, mut terminal) = next_report(&socket, "set up the process")?;
-    let Report::Ready = report else {
-        return Err(Failure::new(
-            "set up the process",
-            format!("unexpected {report:?}"),
-        ));
+    // A process that hangs half way in, on a file system perhaps, would be nobody's.
+    let ready =
+        next_report(&socket, "set up the process").inspect_err(|_| pidfd::kill(pidfd.as_fd()));
+    let (Report::Ready, mut terminal) = ready? else {
+        return Err(Failure::new("set up the process", "it is not ready"));
     };
     let started = Started {
         pid: Pid::from_raw(pid),
@@ -336,7 +343,11 @@ fn send_work(
 }
 
 fn next_report(socket: &UnixStream, step: &str) -> Result<(Report, Vec<OwnedFd>), Failure> {
-    match wire::receive(socket).map_err(at(step))? {
+    let received = wire::receive(socket).map_err(|error| match error.kind() {
+        ErrorKind::WouldBlock => Failure::new(step, "not done within the time for it"),
+        _ => at(step)(error),
+    });
+    match received? {
         Some((Report::Failed(failure), _)) => Err(failure),
         Some(report) => Ok(report),
         None => Err(Failure::new(
@@ -365,6 +376,10 @@ impl Container {
             namespaces: self.namespaces,
             seccomp: self.seccomp.clone(),
             personality: self.personality.clone(),
+            affinity: process
+                .exec_cpu_affinity()
+                .clone()
+                .or_else(|| self.affinity.clone()),
         };
         let fds = [(FdName::Cgroup, cgroup), (FdName::Init, self.pidfd.as_fd())];
         let task = Task::Exec(Box::new(task));

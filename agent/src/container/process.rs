@@ -11,7 +11,6 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use libseccomp::ScmpFilterContext;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::prctl;
@@ -48,7 +47,7 @@ pub enum Streams {
 pub struct Launcher<'a> {
     process: &'a Process,
     capabilities: Sets,
-    filter: Option<ScmpFilterContext>,
+    filter: Option<seccomp::Filter>,
     personality: Option<&'a LinuxPersonality>,
 }
 
@@ -98,7 +97,7 @@ impl<'a> Launcher<'a> {
             prctl::set_no_new_privs().map_err(at("set no_new_privs"))?;
         } else if let Some(filter) = &self.filter {
             // Without no_new_privs this takes CAP_SYS_ADMIN, which the process may be about to lose.
-            seccomp::load(filter)?;
+            filter.load()?;
         }
         self.become_user(user)?;
         enter_cwd(root, self.process.cwd())?;
@@ -115,7 +114,7 @@ impl<'a> Launcher<'a> {
         reset_signals().map_err(at("reset signals"))?;
         close_on_exec().map_err(at("close_range"))?;
         if let (true, Some(filter)) = (no_new_privs, &self.filter) {
-            seccomp::load(filter)?;
+            filter.load()?;
         }
         let errno = match nix::unistd::execve(&program, &args, &env) {
             Ok(never) => match never {},

@@ -47,6 +47,12 @@ pub fn prepare(id: &str, spec: &Spec, cgroup: bool, user: bool) -> Result<Prepar
     }
     let root =
         mount_api::clone_tree(opened.as_fd(), Depth::Recursive).map_err(at(step.as_str()))?;
+    // pivot_root refuses a shared root; as a slave it still sees what is mounted in the guest later.
+    let slave = MountAttr {
+        propagation: MsFlags::MS_SLAVE.bits(),
+        ..MountAttr::default()
+    };
+    mount_api::set_attr(root.as_fd(), Depth::Recursive, &slave).map_err(at(step))?;
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let own = spec
         .linux()

@@ -1,46 +1,150 @@
 //! The seccomp filter of a container, compiled by libseccomp as in other runtimes, so profiles mean the same here.
 
+#![allow(unsafe_code, reason = "seccomp(2) has no wrapper")]
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+
+use libseccomp::error::SeccompError;
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
     LinuxSeccompOperator, LinuxSyscall,
 };
 
-use super::failure::Failure;
+use super::failure::{Failure, at};
 
 /// The errno of SCMP_ACT_ERRNO where the profile names none.
 const DEFAULT_ERRNO: u32 = libc::EPERM.cast_unsigned();
 
-/// Compiles the profile. Names that libseccomp doesn't know belong to other architectures or newer kernels, and get the
-/// default action like everything that isn't named.
-pub fn compile(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, Failure> {
-    build(profile).map_err(|error| Failure::new("compile linux.seccomp", error.to_string()))
+/// A compiled profile.
+#[derive(Debug)]
+pub struct Filter {
+    program: Vec<libc::sock_filter>,
+    /// `SECCOMP_FILTER_FLAG_*`
+    flags: libc::c_ulong,
 }
 
-/// Loads the filter into the calling process.
-pub fn load(filter: &ScmpFilterContext) -> Result<(), Failure> {
-    filter
-        .load()
-        .map_err(|error| Failure::new("load linux.seccomp", error.to_string()))
+/// Compiles the profile. Names that libseccomp doesn't know belong to other architectures or to newer kernels.
+pub fn compile(profile: &LinuxSeccomp) -> Result<Filter, Failure> {
+    let step = "compile linux.seccomp";
+    let context = build(profile).map_err(|error| Failure::new(step, error.to_string()))?;
+    let mut program = match action(profile.default_action(), None) {
+        ScmpAction::Allow | ScmpAction::Log | ScmpAction::Trace(_) => Vec::new(),
+        _ => unknown_calls(),
+    };
+    program.extend(export(&context).map_err(at(step))?);
+    let flags = profile
+        .flags()
+        .iter()
+        .flatten()
+        .map(flag)
+        .fold(0, |all, flag| all | flag);
+    Ok(Filter { program, flags })
 }
 
-fn build(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, libseccomp::error::SeccompError> {
+impl Filter {
+    /// Loads the filter into the calling process.
+    pub fn load(&self) -> Result<(), Failure> {
+        let step = "load linux.seccomp";
+        let length = u16::try_from(self.program.len());
+        let program = libc::sock_fprog {
+            len: length.map_err(|_| Failure::new(step, "it is too long"))?,
+            filter: self.program.as_ptr().cast_mut(),
+        };
+        let operation = libc::SECCOMP_SET_MODE_FILTER;
+        // SAFETY: the program is of the length given and alive during the call; the kernel copies it.
+        let result =
+            unsafe { libc::syscall(libc::SYS_seccomp, operation, self.flags, &raw const program) };
+        Errno::result(result).map(|_| ()).map_err(at(step))
+    }
+}
+
+fn flag(flag: &LinuxSeccompFilterFlag) -> libc::c_ulong {
+    match flag {
+        LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+        LinuxSeccompFilterFlag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
+        LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+        // About waiting for a listener's answer, and listeners are refused.
+        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+    }
+}
+
+/// The filter's program, which libseccomp writes to a file only.
+fn export(context: &ScmpFilterContext) -> io::Result<Vec<libc::sock_filter>> {
+    let mut file = File::from(memfd_create(c"seccomp", MFdFlags::MFD_CLOEXEC)?);
+    context.export_bpf(&file).map_err(io::Error::other)?;
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let instruction = |b: &[u8]| libc::sock_filter {
+        code: u16::from_ne_bytes([b[0], b[1]]),
+        jt: b[2],
+        jf: b[3],
+        k: u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
+    };
+    Ok(bytes.chunks_exact(8).map(instruction).collect())
+}
+
+/// A beginning that answers ENOSYS to system calls newer than this libseccomp. No profile can allow those, and programs
+/// try newer calls first and fall back on ENOSYS, but not on the EPERM of a profile.
+fn unknown_calls() -> Vec<libc::sock_filter> {
+    /// linux/audit.h
+    const ARCHITECTURES: [(ScmpArch, u32); 2] =
+        [(ScmpArch::X8664, 0xc000_003e), (ScmpArch::X86, 0x4000_0003)];
+    /// Calls of the x32 ABI have this bit in their number and are libseccomp's to judge.
+    const X32_BIT: u32 = 0x4000_0000;
+    /// Above what any kernel has, below what makes the search long.
+    const SEARCH_FROM: i32 = 1023;
+    let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
+    // Offsets into `struct seccomp_data`.
+    let (number, architecture) = (0, 4);
+    let is_known = |arch: ScmpArch, call: &i32| {
+        ScmpSyscall::from_raw_syscall(*call)
+            .get_name_by_arch(arch)
+            .is_ok()
+    };
+    let mut code = Vec::new();
+    for (arch, audit) in ARCHITECTURES {
+        let Some(newest) = (0..SEARCH_FROM).rev().find(|call| is_known(arch, call)) else {
+            continue;
+        };
+        code.extend([
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, architecture),
+            jump(libc::BPF_JEQ, audit, 0, 4),
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, number),
+            jump(libc::BPF_JGE, X32_BIT, 2, 0),
+            jump(libc::BPF_JGT, newest.cast_unsigned(), 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, enosys),
+        ]);
+    }
+    code
+}
+
+fn statement(code: u32, k: u32) -> libc::sock_filter {
+    libc::sock_filter {
+        code: code as u16,
+        jt: 0,
+        jf: 0,
+        k,
+    }
+}
+
+fn jump(condition: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    libc::sock_filter {
+        jt,
+        jf,
+        ..statement(libc::BPF_JMP | condition | libc::BPF_K, k)
+    }
+}
+
+fn build(profile: &LinuxSeccomp) -> Result<ScmpFilterContext, SeccompError> {
     let default = action(profile.default_action(), profile.default_errno_ret());
     let mut filter = ScmpFilterContext::new(default)?;
-    // no_new_privs is the spec's own field.
-    filter.set_ctl_nnp(false)?;
-    for flag in profile.flags().iter().flatten() {
-        match flag {
-            LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true)?,
-            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => filter.set_ctl_tsync(true)?,
-            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true)?,
-            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
-                filter.set_ctl_waitkill(true)?
-            }
-        };
-    }
     for arch in profile
         .architectures()
         .iter()
@@ -61,7 +165,7 @@ fn add_rule(
     filter: &mut ScmpFilterContext,
     rule: &LinuxSyscall,
     default: ScmpAction,
-) -> Result<(), libseccomp::error::SeccompError> {
+) -> Result<(), SeccompError> {
     let action = action(rule.action(), rule.errno_ret());
     // libseccomp refuses a rule that does what happens anyway.
     if action == default {

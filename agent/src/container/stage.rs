@@ -24,7 +24,7 @@ use super::process::{Launcher, Streams, null_device};
 use super::root::Root;
 use super::rootfs::{self, Prepared};
 use super::wire::{self, ExecTask, FdName, Fds, GO, Report, Stdio, Task, Work};
-use super::{console, hooks};
+use super::{affinity, console, hooks};
 
 /// What the executable does when it is started under the stage's name.
 pub fn main() -> ! {
@@ -177,6 +177,10 @@ fn exec(task: &ExecTask, source: Source, fds: &Fds, socket: &UnixStream) -> Resu
         .ok_or_else(|| Failure::new("exec", "no init"))?
         .as_fd();
     join(init, libc::CLONE_NEWPID)?;
+    let affinity = task.affinity.as_ref();
+    if let Some(initial) = affinity.and_then(|affinity| affinity.initial().as_ref()) {
+        affinity::set(initial).map_err(at(format!("set execCPUAffinity.initial {initial}")))?;
+    }
     let born = |pid: Pid| set_oom_score(pid, task.process.oom_score_adj());
     match clone(0, fds, task.namespaces, born, socket)? {
         Side::Stage => Ok(()),
@@ -192,6 +196,10 @@ fn further(
     socket: &UnixStream,
 ) -> Result<Infallible, Failure> {
     setsid().map_err(at("setsid"))?;
+    let affinity = task.affinity.as_ref();
+    if let Some(last) = affinity.and_then(|affinity| affinity.cpu_affinity_final().as_ref()) {
+        affinity::set(last).map_err(at(format!("set execCPUAffinity.final {last}")))?;
+    }
     join(init, task.namespaces)?;
     if task.namespaces & libc::CLONE_NEWUSER != 0 {
         become_namespace_root()?;

@@ -6,15 +6,18 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{
-    Linux, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process,
-    Spec,
+    Linux, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::mounts::{Kind, Source};
-use super::{Error, SharedNamespaces, capabilities, device_filter, options, process};
+use super::{Error, SharedNamespaces, affinity, capabilities, options, process};
+
+mod limits;
+
+pub use limits::resources;
 
 /// `utsname` has no room for more.
 const MAX_HOST_NAME: usize = 64;
@@ -230,10 +233,6 @@ pub fn process(process: &Process, prefix: &str) -> Result {
             labelled(process.apparmor_profile()),
         ),
         (&*field("selinuxLabel"), labelled(process.selinux_label())),
-        (
-            &*field("execCPUAffinity"),
-            process.exec_cpu_affinity().is_some(),
-        ),
     ];
     refuse_present(&unsupported, "is not supported in the guest")?;
     let args = process.args().as_deref().unwrap_or_default();
@@ -281,6 +280,17 @@ pub fn process(process: &Process, prefix: &str) -> Result {
     if let Some(set) = process.capabilities() {
         capabilities::parse(set)
             .or_else(|(name, reason)| refuse(field(&format!("capabilities.{name}")), reason))?;
+    }
+    if let Some(affinity) = process.exec_cpu_affinity() {
+        for (name, list) in [
+            ("initial", affinity.initial()),
+            ("final", affinity.cpu_affinity_final()),
+        ] {
+            if let Some(list) = list {
+                affinity::parse(list)
+                    .or_else(|reason| refuse(field(&format!("execCPUAffinity.{name}")), reason))?;
+            }
+        }
     }
     process::check_scheduling(process).or_else(|(name, reason)| refuse(field(name), reason))
 }
@@ -496,95 +506,6 @@ fn seccomp(filter: &LinuxSeccomp) -> Result {
             let field = format!("linux.seccomp.syscalls[{i}].args");
             return refuse(field, "a system call has arguments 0 to 5");
         }
-    }
-    Ok(())
-}
-
-/// Checks limits; `prefix` is "linux.resources." or "".
-pub fn resources(resources: &LinuxResources, prefix: &str) -> Result {
-    let field = |name: &str| format!("{prefix}{name}");
-    if let Some(memory) = resources.memory() {
-        let v1 = [
-            (
-                &*field("memory.kernel"),
-                memory.kernel().is_some_and(|v| v > 0),
-            ),
-            (
-                &*field("memory.kernelTCP"),
-                memory.kernel_tcp().is_some_and(|v| v > 0),
-            ),
-            (&*field("memory.swappiness"), memory.swappiness().is_some()),
-            (
-                &*field("memory.disableOOMKiller"),
-                memory.disable_oom_killer() == Some(true),
-            ),
-        ];
-        refuse_present(&v1, "has no equivalent in cgroup v2")?;
-    }
-    if let Some(cpu) = resources.cpu() {
-        let v1 = [
-            (
-                &*field("cpu.realtimeRuntime"),
-                cpu.realtime_runtime().is_some_and(|v| v != 0),
-            ),
-            (
-                &*field("cpu.realtimePeriod"),
-                cpu.realtime_period().is_some_and(|v| v != 0),
-            ),
-        ];
-        refuse_present(&v1, "has no equivalent in cgroup v2")?;
-    }
-    if let Some(io) = resources.block_io() {
-        let leaf = |weight: Option<u16>| weight.is_some_and(|v| v != 0);
-        let by_device = io
-            .weight_device()
-            .iter()
-            .flatten()
-            .any(|d| leaf(d.leaf_weight()));
-        let v1 = [(
-            &*field("blockIO.leafWeight"),
-            leaf(io.leaf_weight()) || by_device,
-        )];
-        refuse_present(&v1, "has no equivalent in cgroup v2")?;
-    }
-    let network = resources.network().as_ref().is_some_and(|n| {
-        n.class_id().is_some_and(|v| v != 0)
-            || n.priorities().as_ref().is_some_and(|p| !p.is_empty())
-    });
-    let rdma = resources.rdma().as_ref().is_some_and(|r| !r.is_empty());
-    refuse_present(
-        &[(&*field("network"), network), (&*field("rdma"), rdma)],
-        "is not supported in the guest",
-    )?;
-    for huge in resources.hugepage_limits().iter().flatten() {
-        if huge.page_size().is_empty()
-            || !huge.page_size().bytes().all(|b| b.is_ascii_alphanumeric())
-        {
-            return refuse(
-                field("hugepageLimits"),
-                format!("{:?} is no page size", huge.page_size()),
-            );
-        }
-    }
-    for (key, value) in resources.unified().iter().flatten() {
-        let name = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-        let controller = key
-            .split_once('.')
-            .is_some_and(|(c, rest)| !c.is_empty() && !rest.is_empty());
-        if !controller
-            || key.starts_with("cgroup.")
-            || !key.bytes().all(name)
-            || value.contains('\0')
-        {
-            return refuse(
-                field(&format!("unified.{key}")),
-                "is no file of a controller",
-            );
-        }
-    }
-    for (i, rule) in resources.devices().iter().flatten().enumerate() {
-        device_filter::rule(rule)
-            .or_else(|reason| refuse(field(&format!("devices[{i}]")), reason))?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use coffer_proto::limits::MAX_RPC_MESSAGE;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{ExecCPUAffinity, LinuxPersonality, LinuxSeccomp, Process, Spec};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +50,7 @@ pub struct ExecTask {
     pub namespaces: i32,
     pub seccomp: Option<LinuxSeccomp>,
     pub personality: Option<LinuxPersonality>,
+    pub affinity: Option<ExecCPUAffinity>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::container::{self, ChildStdio, Container, Error, SharedNamespaces, Started};
 
 /// No case waits longer for anything.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The guest, with its reaper.
 #[derive(Clone)]
@@ -147,6 +147,19 @@ impl Draft {
         Ok(path)
     }
 
+    /// Puts this executable into the image as /probe, with its libraries (see `probe.rs`).
+    pub fn add_probe(&self) -> anyhow::Result<()> {
+        let root = self.rootfs();
+        fs::copy("/proc/self/exe", root.join("probe"))?;
+        for name in ["lib", "lib64", "usr"] {
+            let from = Path::new("/").join(name);
+            if from.exists() {
+                crate::pid1::copy(&from, &root.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets what a JSON pointer names, with the objects above it.
     pub fn set(mut self, pointer: &str, value: Value) -> Self {
         let (parent, key) = pointer
@@ -193,7 +206,7 @@ impl Draft {
         let (container, started) = container::create(&self.id, &spec, stdio, &self.pod)?;
         let pid = started.pid;
         Ok(Running {
-            container,
+            container: Arc::new(container),
             pid,
             started: Some(started),
             pipes: Some(pipes),
@@ -230,7 +243,7 @@ impl Draft {
 
 /// A container that was created.
 pub struct Running {
-    pub container: Container,
+    pub container: Arc<Container>,
     pub pid: Pid,
     started: Option<Started>,
     pipes: Option<Pipes>,
@@ -239,6 +252,10 @@ pub struct Running {
 impl Running {
     pub fn start(&mut self) -> Result<(), Error> {
         self.started.take().expect("started once").release()
+    }
+
+    pub fn container_handle(&self) -> Arc<Container> {
+        self.container.clone()
     }
 
     pub fn drop_started(&mut self) {

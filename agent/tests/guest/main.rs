@@ -19,14 +19,13 @@ mod fixture;
 mod host;
 mod initrd;
 mod pid1;
+mod probe;
 
 fn main() {
-    let stage = std::env::args().next().as_deref() == Some(container::STAGE_NAME);
-    if stage {
-        container::stage_main();
+    match std::env::args().next().as_deref() {
+        Some(container::STAGE_NAME) => container::stage_main(),
+        Some(probe::NAME) => probe::main(),
+        _ if std::process::id() == 1 => pid1::main(),
+        _ => host::main(),
     }
-    if std::process::id() == 1 {
-        pid1::main();
-    }
-    host::main();
 }

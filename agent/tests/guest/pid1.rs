@@ -78,7 +78,8 @@ fn leave_initramfs() -> anyhow::Result<()> {
     Ok(std::env::set_current_dir("/")?)
 }
 
-fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+/// Copies a file or a directory with all in it.
+pub fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     if !from.is_dir() {
         fs::copy(from, to)?;
         return Ok(());

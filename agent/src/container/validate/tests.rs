@@ -83,7 +83,6 @@ fn fields_that_cannot_be_honoured_are_refused_by_name() {
             "/process/selinuxLabel",
             json!("system_u:system_r:container_t:s0"),
         ),
-        ("/process/execCPUAffinity", json!({"initial": "0"})),
         ("/process/oomScoreAdj", json!(1001)),
         ("/process/cwd", json!("relative")),
         ("/process/args", json!([])),

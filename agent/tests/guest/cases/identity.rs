@@ -216,6 +216,43 @@ pub fn seccomp_arguments(guest: &Guest) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An allow list gives EPERM to what it leaves out, and ENOSYS to calls that nobody knew when it was written.
+pub fn seccomp_and_new_system_calls(guest: &Guest) -> anyhow::Result<()> {
+    let mut names: Vec<String> = Vec::new();
+    for number in 0..=334 {
+        let call = libseccomp::ScmpSyscall::from_raw_syscall(number);
+        names.extend(
+            call.get_name()
+                .ok()
+                .filter(|name| name != "mkdir" && name != "mkdirat"),
+        );
+    }
+    for number in 424..=450 {
+        names.extend(
+            libseccomp::ScmpSyscall::from_raw_syscall(number)
+                .get_name()
+                .ok(),
+        );
+    }
+    let profile = json!({
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "syscalls": [{"names": names, "action": "SCMP_ACT_ALLOW"}],
+    });
+    let draft = Draft::new("seccomp5", "")?
+        .set("/process/args", json!(["/probe", "460", "83"]))
+        .set("/process/noNewPrivileges", json!(true))
+        .set("/linux/seccomp", profile);
+    draft.add_probe()?;
+    let output = draft.run(guest)?.good()?;
+    let (enosys, eperm) = (libc::ENOSYS, libc::EPERM);
+    same(
+        "errno of 460 and of mkdir",
+        output.as_str(),
+        &format!("{enosys}\n{eperm}\n"),
+    )
+}
+
 pub fn rlimits(guest: &Guest) -> anyhow::Result<()> {
     let limit =
         |kind: &str, soft: u64, hard: u64| json!({"type": kind, "soft": soft, "hard": hard});

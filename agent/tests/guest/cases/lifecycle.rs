@@ -367,6 +367,57 @@ pub fn eighty_creates_at_once(guest: &Guest) -> anyhow::Result<()> {
     })
 }
 
+/// Kill against start, exec and delete: the result is any of the legal ones, and everything goes.
+pub fn kill_at_any_moment(guest: &Guest) -> anyhow::Result<()> {
+    for i in 0..12u64 {
+        let draft = Draft::new("race", "sleep 1000")?;
+        let mut running = draft.create()?;
+        let pid = running.pid;
+        std::thread::scope(|scope| -> anyhow::Result<()> {
+            let container = running.container_handle();
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(i * 8));
+                container.kill_all()
+            });
+            running.start()?;
+            // It runs, is refused, or is killed on the way.
+            if let Ok(output) = running.sh(guest, "exit 5") {
+                ensure!([5, 137].contains(&output.status), "{output:?}");
+            }
+            Ok(())
+        })?;
+        ensure!([137, 0].contains(&guest.wait(pid)?), "another status");
+        std::thread::scope(|scope| {
+            let container = running.container_handle();
+            let other = container.clone();
+            let other = scope.spawn(move || other.delete());
+            let own = container.delete();
+            other.join().expect("a thread").and(own)
+        })?;
+        draft.check_gone()?;
+    }
+    Ok(())
+}
+
+pub fn exec_on_chosen_cpus(guest: &Guest) -> anyhow::Result<()> {
+    let draft = Draft::new("affinity", "sleep 1000")?
+        .set("/process/execCPUAffinity", json!({"final": "0"}));
+    let mut running = draft.create()?;
+    running.start()?;
+    let script = "grep Cpus_allowed_list /proc/self/status";
+    let output = running.sh(guest, script)?.good()?;
+    same(
+        "the container's",
+        output.as_str(),
+        "Cpus_allowed_list:\t0\n",
+    )?;
+    let mut block = process(script);
+    block["execCPUAffinity"] = json!({"initial": "0", "final": "1"});
+    let output = running.exec(guest, &block)?.good()?;
+    same("its own", output.as_str(), "Cpus_allowed_list:\t1\n")?;
+    running.kill_and_delete(guest)
+}
+
 pub fn terminal(guest: &Guest) -> anyhow::Result<()> {
     let script = "tty; stty size; echo to the console > /dev/console; echo a terminal > /dev/tty; read x; echo got $x; exit 9";
     let draft = Draft::new("tty", script)?.set("/process/terminal", json!(true));

@@ -22,7 +22,7 @@ macro_rules! cases {
 cases! {
     lifecycle: exit_codes, programs_that_cannot_run, create_waits_for_start, unwanted_processes_end,
         delete_is_idempotent, failures_leave_nothing, pause_and_resume, hooks_run, hooks_that_fail,
-        exec_has_its_own_process_block, twenty_execs_at_once, exec_after_the_end, eighty_creates_at_once,
+        exec_has_its_own_process_block, twenty_execs_at_once, exec_after_the_end, eighty_creates_at_once, kill_at_any_moment, exec_on_chosen_cpus,
         terminal, exec_terminal, streams_are_all_that_is_open, nothing_is_left;
     isolation: pid_namespace, shared_pid_namespace, pod_namespaces, own_host_name, cgroup_namespace,
         time_namespace, user_namespace, sysctls_of_the_pod, session_keyring;
@@ -30,7 +30,7 @@ cases! {
         read_only_root, root_propagation, default_devices, devices_of_the_spec, symlinks_in_the_image,
         symlinked_proc, image_without_null, swapped_symlinks, links_of_proc;
     identity: capabilities, no_capabilities, ambient_capabilities, user_and_groups, home_and_environment,
-        no_new_privileges, seccomp_errno, seccomp_without_no_new_privs, seccomp_kill, seccomp_arguments,
+        no_new_privileges, seccomp_errno, seccomp_without_no_new_privs, seccomp_kill, seccomp_arguments, seccomp_and_new_system_calls,
         rlimits, scheduling, oom_score, personality;
     limits: memory_limit, pids_limit, cpu_and_weights, unified, update, device_rules, update_of_device_rules,
         statistics, nested_cgroups;
