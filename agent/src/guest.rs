@@ -10,6 +10,7 @@ use nix::time::ClockId;
 use nix::unistd::Pid;
 use std::collections::HashMap;
 use std::fs::File;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -82,7 +83,7 @@ pub fn check_version(host: &str, agent: &str) -> Result<(), GuestError> {
 }
 
 /// Sets the host name, and the files by which containers that bind the guest's learn names.
-pub fn set_names(hostname: &str, resolv_conf: &str) -> Result<(), GuestError> {
+pub fn set_names(hostname: &str, resolv_conf: &str, own: &[IpAddr]) -> Result<(), GuestError> {
     if !hostname.is_empty() {
         let failed = |cause| GuestError::Hostname {
             name: hostname.to_owned(),
@@ -91,15 +92,21 @@ pub fn set_names(hostname: &str, resolv_conf: &str) -> Result<(), GuestError> {
         nix::unistd::sethostname(hostname).map_err(failed)?;
         write("/etc/hostname", &format!("{hostname}\n"))?;
     }
-    write(
-        "/etc/hosts",
-        &format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n"),
-    )?;
+    write("/etc/hosts", &hosts(hostname, own))?;
     if resolv_conf.is_empty() {
         Ok(())
     } else {
         write("/etc/resolv.conf", resolv_conf)
     }
+}
+
+/// hosts(5) of the pod: the loopback, and its own addresses with its name.
+fn hosts(hostname: &str, own: &[IpAddr]) -> String {
+    let mut hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    if !hostname.is_empty() {
+        hosts.extend(own.iter().map(|ip| format!("{ip}\t{hostname}\n")));
+    }
+    hosts
 }
 
 fn write(path: &str, content: &str) -> Result<(), GuestError> {
@@ -351,6 +358,13 @@ mod tests {
         ] {
             assert!(path(bad).is_err(), "{bad:?} was taken");
         }
+    }
+
+    #[test]
+    fn the_pod_knows_its_own_name() {
+        let own = ["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
+        assert!(hosts("web", &own).ends_with("\n10.0.0.2\tweb\nfd00::2\tweb\n"));
+        assert!(!hosts("", &own).contains("10.0.0.2"));
     }
 
     #[test]

@@ -92,7 +92,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
         match &polled {
             Poll::Ready(Ok(())) if buffer.filled().len() == before && buffer.remaining() > 0 => {
-                self.ended.notify_one()
+                self.ended.notify_one();
             }
             Poll::Ready(Err(_)) => self.ended.notify_one(),
             _ => {}

@@ -52,9 +52,7 @@ impl Verbs {
         F: Future<Output = Result<T, SandboxError>> + Send + 'static,
     {
         let done = tokio::spawn(request(self.sandbox.clone())).await;
-        done.map_err(SandboxError::from)
-            .and_then(|done| done)
-            .map_err(status)
+        done.map_err(status)?.map_err(status)
     }
 
     fn find(&self, wire: &ProcessRef) -> RpcResult<Arc<Process>> {
@@ -92,7 +90,7 @@ impl Agent for Verbs {
         _: &TtrpcContext,
         request: agent::Interface,
     ) -> RpcResult<Empty> {
-        let interface = Interface::try_from(&request).map_err(|error| status(error.into()))?;
+        let interface = Interface::try_from(&request).map_err(status)?;
         self.to_the_end(|sandbox| async move { sandbox.configure_interface(&interface).await })
             .await?;
         Ok(Empty::new())
@@ -162,7 +160,7 @@ impl Agent for Verbs {
         request: SignalProcessRequest,
     ) -> RpcResult<Empty> {
         let id = process_id(&request.container_id, &request.exec_id)?;
-        let signal = checked_signal(request.signal).map_err(|error| status(error.into()))?;
+        let signal = checked_signal(request.signal).map_err(status)?;
         if request.all {
             self.sandbox
                 .signal_all(&id.container, signal)
@@ -170,9 +168,7 @@ impl Agent for Verbs {
                 .map_err(status)?;
         } else {
             let process = self.sandbox.process(&id).map_err(status)?;
-            process
-                .signal(signal)
-                .map_err(|error| status(error.into()))?;
+            process.signal(signal).map_err(status)?;
         }
         Ok(Empty::new())
     }
@@ -186,14 +182,14 @@ impl Agent for Verbs {
         let process = self.sandbox.process(&id).map_err(status)?;
         process
             .with_stdio(|stdio| stdio.resize(request.rows, request.columns))
-            .map_err(|error| status(error.into()))?;
+            .map_err(status)?;
         Ok(Empty::new())
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRef) -> RpcResult<Empty> {
         self.find(&request)?
             .with_stdio(Stdio::close_stdin)
-            .map_err(|error| status(error.into()))?;
+            .map_err(status)?;
         Ok(Empty::new())
     }
 
@@ -261,11 +257,11 @@ impl Agent for Verbs {
     }
 
     async fn stat_guest(&self, _: &TtrpcContext, _: Empty) -> RpcResult<StatGuestResponse> {
-        guest::stat().map_err(|error| status(error.into()))
+        guest::stat().map_err(status)
     }
 
     async fn resync(&self, _: &TtrpcContext, request: Resync) -> RpcResult<Empty> {
-        guest::resync(&request).map_err(|error| status(error.into()))?;
+        guest::resync(&request).map_err(status)?;
         Ok(Empty::new())
     }
 
@@ -309,7 +305,8 @@ fn invalid(message: &str) -> RpcError {
     get_rpc_status(Code::INVALID_ARGUMENT, message)
 }
 
-fn status(error: SandboxError) -> RpcError {
+fn status(error: impl Into<SandboxError>) -> RpcError {
+    let error = error.into();
     get_rpc_status(code(&error), one_line(&error))
 }
 

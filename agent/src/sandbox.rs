@@ -17,6 +17,7 @@ use coffer_proto::stream::Stream;
 use nix::unistd::Pid;
 use oci_spec::runtime;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::task::{JoinError, JoinSet, spawn_blocking};
@@ -115,8 +116,10 @@ impl Sandbox {
             .iter()
             .map(Interface::try_from)
             .collect::<Result<Vec<_>, _>>()?;
+        let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+        let own: Vec<IpAddr> = addresses.map(|address| address.ip).collect();
         let (namespaces, request) =
-            spawn_blocking(move || prepare_pod(&request).map(|pod| (pod, request))).await??;
+            spawn_blocking(move || prepare_pod(&request, &own).map(|pod| (pod, request))).await??;
         for interface in &interfaces {
             network::configure(interface).await?;
         }
@@ -384,11 +387,14 @@ fn failed(action: &'static str, id: &ProcessId, cause: container::Error) -> Sand
 }
 
 /// The blocking part of the start. The pod's network, IPC and UTS namespaces are the guest's own.
-fn prepare_pod(request: &agent::StartSandboxRequest) -> Result<SharedNamespaces, SandboxError> {
+fn prepare_pod(
+    request: &agent::StartSandboxRequest,
+    own: &[IpAddr],
+) -> Result<SharedNamespaces, SandboxError> {
     if let Some(time) = request.time.as_ref() {
         guest::resync(time)?;
     }
-    guest::set_names(&request.hostname, &request.resolv_conf)?;
+    guest::set_names(&request.hostname, &request.resolv_conf, own)?;
     if !request.share_tag.is_empty() {
         guest::mount_share(&request.share_tag)?;
     }

@@ -106,7 +106,7 @@ impl TryFrom<&agent::Address> for Address {
         let broadcast = parse_optional("broadcast address", &wire.broadcast)?;
         Ok(Self {
             ip,
-            prefix: prefix.ok_or_else(|| invalid("prefix length", wire.prefix))?,
+            prefix: prefix.ok_or_else(|| invalid("prefix length", &wire.prefix))?,
             broadcast,
         })
     }
@@ -120,14 +120,14 @@ impl TryFrom<&agent::Route> for Route {
         let destination = match (wire.destination.as_str(), wire.family) {
             ("", 4) => (IpAddr::from([0; 4]), 0),
             ("", 6) => (IpAddr::from([0; 16]), 0),
-            ("", family) => return Err(invalid("route family", family)),
+            ("", family) => return Err(invalid("route family", &family)),
             (text, _) => parse_network(text)?,
         };
         Ok(Self {
             destination,
             gateway,
             source: parse_optional("route source", &wire.source)?,
-            scope: u8::try_from(wire.scope).map_err(|_| invalid("route scope", wire.scope))?,
+            scope: u8::try_from(wire.scope).map_err(|_| invalid("route scope", &wire.scope))?,
             metric: given(wire.metric),
             onlink: wire.onlink,
             mtu: given(wire.mtu),
@@ -140,7 +140,7 @@ impl TryFrom<&agent::Neighbour> for Neighbour {
 
     fn try_from(wire: &agent::Neighbour) -> Result<Self, NetworkError> {
         let state =
-            u16::try_from(wire.state).map_err(|_| invalid("neighbour state", wire.state))?;
+            u16::try_from(wire.state).map_err(|_| invalid("neighbour state", &wire.state))?;
         Ok(Self {
             ip: parse("neighbour", &wire.ip)?,
             mac: parse_mac(&wire.mac)?,
@@ -149,7 +149,7 @@ impl TryFrom<&agent::Neighbour> for Neighbour {
     }
 }
 
-fn invalid(field: &'static str, value: impl ToString) -> NetworkError {
+fn invalid(field: &'static str, value: &(impl ToString + ?Sized)) -> NetworkError {
     NetworkError::Invalid {
         field,
         value: value.to_string(),

@@ -122,7 +122,7 @@ fn a_status_has_the_whole_chain() {
         status: 127,
         message: "no such program: \"/x\"".into(),
     };
-    let error = status(ProcessError::Start { id, cause }.into());
+    let error = status(ProcessError::Start { id, cause });
     assert_eq!(
         refusal::<()>(Err(error)),
         (

@@ -103,7 +103,8 @@ impl CommandLine {
             parameters += " init_on_alloc=1";
             // microvm has nothing to calibrate the clock with but the PIT, which fails on a busy host.
             if let Some(khz) = host_tsc_khz() {
-                parameters += &format!(" tsc_early_khz={khz}");
+                // On a busy host the kernel's watchdog would then distrust that clock and fall back to ticks of 10 ms.
+                parameters += &format!(" tsc_early_khz={khz} tsc=reliable");
             }
         }
         let kernel = self.inherit(reopenable(files.take(config.kernel)?)?);
