@@ -81,14 +81,24 @@ pub fn command_line(devices: &[String], more: &str) -> Result<String, BootError>
     Ok(line)
 }
 
-/// Loads everything and returns the entry point.
+/// Where a kernel was put.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loaded {
+    /// The PVH entry point.
+    pub entry: GuestAddress,
+    /// The kernel's image, from its first byte.
+    pub kernel: (GuestAddress, u64),
+    pub initrd: (GuestAddress, u64),
+}
+
+/// Loads everything.
 pub fn load(
     memory: &Memory,
     mut kernel: File,
     mut initrd: File,
     command_line: &str,
     vcpus: u8,
-) -> Result<GuestAddress, BootError> {
+) -> Result<Loaded, BootError> {
     let loaded =
         Elf::load(memory, None, &mut kernel, Some(HIGH_MEMORY)).map_err(BootError::Kernel)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
@@ -102,7 +112,12 @@ pub fn load(
     )?;
     mptable::write(memory, vcpus)?;
     write_start_info(memory, module)?;
-    Ok(entry)
+    let start = loaded.kernel_load.min(entry);
+    Ok(Loaded {
+        entry,
+        kernel: (start, loaded.kernel_end - start.0),
+        initrd: (GuestAddress(module.paddr), module.size),
+    })
 }
 
 /// Places the initrd at the end of RAM below the device gap, page aligned.
@@ -166,4 +181,37 @@ fn write_start_info(memory: &Memory, initrd: hvm_modlist_entry) -> Result<(), Bo
     parameters.set_modules(&[initrd], MODULE_LIST);
     PvhBootConfigurator::write_bootparams(&parameters, memory)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_base_then_devices_then_the_shims() {
+        let devices = ["virtio_mmio.device=4K@0xc0000000:5".to_owned()];
+        let line = command_line(&devices, "coffer.debug=1").unwrap();
+        assert!(line.starts_with(BASE_COMMAND_LINE));
+        assert!(line.ends_with(" virtio_mmio.device=4K@0xc0000000:5 coffer.debug=1"));
+        assert_eq!(command_line(&[], "").unwrap(), BASE_COMMAND_LINE);
+    }
+
+    #[test]
+    fn parameters_that_would_not_reach_the_kernel_are_refused() {
+        let room = COMMAND_LINE_MAX - BASE_COMMAND_LINE.len() - 1;
+        assert_eq!(
+            command_line(&[], &"x".repeat(room)).unwrap().len(),
+            COMMAND_LINE_MAX
+        );
+        assert!(matches!(
+            command_line(&[], &"x".repeat(room + 1)),
+            Err(BootError::LongCommandLine(2048))
+        ));
+        for broken in ["-- init", "a --", "a\0b"] {
+            assert!(
+                matches!(command_line(&[], broken), Err(BootError::BrokenCommandLine)),
+                "{broken:?}"
+            );
+        }
+    }
 }

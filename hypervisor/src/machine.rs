@@ -170,7 +170,7 @@ impl Machine {
             files.take(config.kernel)?.into(),
             files.take(config.initrd)?.into(),
         );
-        let entry = boot::load(&memory, kernel, initrd, &command_line, config.vcpus)?;
+        let loaded = boot::load(&memory, kernel, initrd, &command_line, config.vcpus)?;
 
         // What vCPUs reach outside RAM. The serial port only where the command line wants it.
         let notice_sender = Notices::new(queue, wake.clone());
@@ -188,7 +188,10 @@ impl Machine {
             .map(|id| Vcpu::new(&vm, id, config.vcpus, &supported))
             .collect();
         let mut vcpus = vcpus?;
-        vcpus[0].enter_at(entry, START_INFO)?;
+        vcpus[0].enter_at(loaded.entry, START_INFO)?;
+        for (start, size) in [loaded.kernel, loaded.initrd] {
+            vcpus[0].map_ahead(start, size);
+        }
 
         // Their threads.
         vcpu::install_kick_handler()?;

@@ -17,10 +17,11 @@ use crate::bus::Bus;
 use crate::cpuid;
 use crate::seccomp::{self, ThreadClass};
 use coffer_proto::vmm::Exit;
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_segment};
+use kvm_bindings::{CpuId, KVMIO, Msrs, kvm_msr_entry, kvm_pre_fault_memory, kvm_segment};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use std::cell::Cell;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -158,6 +159,11 @@ pub struct RunningVcpu {
     thread: JoinHandle<()>,
 }
 
+/// Guest pages, as KVM maps them at least.
+const PAGE: u64 = 4096;
+
+nix::ioctl_readwrite!(pre_fault_memory, KVMIO, 0xd5, kvm_pre_fault_memory);
+
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs, for the signal handler.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
@@ -232,6 +238,24 @@ impl Vcpu {
         let mut regs = self.fd.get_regs().map_err(refused("registers"))?;
         (regs.rip, regs.rbx, regs.rflags) = (entry.0, start_info.0, 2);
         self.fd.set_regs(&regs).map_err(refused("registers"))
+    }
+
+    /// Maps guest memory that is loaded already into the guest's page tables, so that it isn't faulted in page by page,
+    /// each with an exit, which is dear where this host is itself a VM. A KVM without KVM_PRE_FAULT_MEMORY (Linux 6.11)
+    /// or without two-dimensional paging does without.
+    #[allow(unsafe_code)]
+    pub fn map_ahead(&self, start: GuestAddress, size: u64) {
+        let mut range = kvm_pre_fault_memory {
+            gpa: start.0 / PAGE * PAGE,
+            size: (start.0 % PAGE + size).next_multiple_of(PAGE),
+            ..Default::default()
+        };
+        while range.size > 0 {
+            // SAFETY: the descriptor is a vCPU, and the structure is the one this ioctl reads and writes.
+            if unsafe { pre_fault_memory(self.fd.as_raw_fd(), &raw mut range) }.is_err() {
+                return;
+            }
+        }
     }
 
     /// Starts the thread, paused. It installs its seccomp filter before it first enters the guest.
