@@ -157,7 +157,7 @@ impl Agent {
         let deadline = self.scaled(PROCESS);
         pid(
             "CreateContainer",
-            answer(
+            &answer(
                 "CreateContainer",
                 deadline,
                 self.client.create_container(context(deadline), &request),
@@ -201,7 +201,7 @@ impl Agent {
         let deadline = self.scaled(PROCESS);
         pid(
             "StartProcess",
-            answer(
+            &answer(
                 "StartProcess",
                 deadline,
                 self.client
@@ -465,8 +465,7 @@ fn invalid(call: &'static str, what: impl Into<String>) -> AgentError {
 }
 
 fn text(raw: &str) -> String {
-    let end = raw.floor_char_boundary(MAX_TEXT);
-    printable(&raw.as_bytes()[..end])
+    printable(&raw.as_bytes()[..raw.len().min(MAX_TEXT)])
 }
 
 fn fits(what: &'static str, size: usize) -> Result<(), AgentError> {
@@ -477,7 +476,7 @@ fn fits(what: &'static str, size: usize) -> Result<(), AgentError> {
     }
 }
 
-fn pid(call: &'static str, answer: ProcessResponse) -> Result<u32, AgentError> {
+fn pid(call: &'static str, answer: &ProcessResponse) -> Result<u32, AgentError> {
     if answer.pid == 0 || i32::try_from(answer.pid).is_err() {
         return Err(invalid(call, format!("pid {}", answer.pid)));
     }

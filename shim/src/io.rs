@@ -97,13 +97,13 @@ impl Endpoints {
         let stderr = if paths.terminal { "" } else { &paths.stderr };
         Ok(Self {
             stdin: path_of("stdin", &paths.stdin)?
-                .map(open_source)
+                .map(|path| open_source(&path))
                 .transpose()?,
             stdout: path_of("stdout", &paths.stdout)?
-                .map(|path| open_sink("stdout", path))
+                .map(|path| open_sink("stdout", &path))
                 .transpose()?,
             stderr: path_of("stderr", stderr)?
-                .map(|path| open_sink("stderr", path))
+                .map(|path| open_sink("stderr", &path))
                 .transpose()?,
         })
     }
@@ -144,18 +144,18 @@ fn is_fifo(path: &Path) -> io::Result<bool> {
     Ok(fs::metadata(path)?.file_type().is_fifo())
 }
 
-fn open_source(path: PathBuf) -> Result<Source, StdioError> {
+fn open_source(path: &Path) -> Result<Source, StdioError> {
     let open = || {
-        if !is_fifo(&path)? {
+        if !is_fifo(path)? {
             return Ok(Source::File(tokio::fs::File::from_std(fs::File::open(
-                &path,
+                path,
             )?)));
         }
-        let reader = pipe::OpenOptions::new().open_receiver(&path)?;
+        let reader = pipe::OpenOptions::new().open_receiver(path)?;
         let hold = fs::OpenOptions::new()
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open(&path)?;
+            .open(path)?;
         Ok(Source::Fifo {
             reader,
             hold: hold.into(),
@@ -163,17 +163,17 @@ fn open_source(path: PathBuf) -> Result<Source, StdioError> {
     };
     open().map_err(|source| StdioError::Open {
         stream: "stdin",
-        path: path.clone(),
+        path: path.to_owned(),
         source,
     })
 }
 
-fn open_sink(stream: &'static str, path: PathBuf) -> Result<Sink, StdioError> {
+fn open_sink(stream: &'static str, path: &Path) -> Result<Sink, StdioError> {
     let open = || {
-        if path.exists() && is_fifo(&path)? {
+        if path.exists() && is_fifo(path)? {
             let sender = pipe::OpenOptions::new()
                 .read_write(true)
-                .open_sender(&path)?;
+                .open_sender(path)?;
             enlarge(&sender);
             return Ok(Sink::Fifo(sender));
         }
@@ -181,12 +181,12 @@ fn open_sink(stream: &'static str, path: PathBuf) -> Result<Sink, StdioError> {
             .append(true)
             .create(true)
             .mode(0o600)
-            .open(&path)?;
+            .open(path)?;
         Ok(Sink::File(tokio::fs::File::from_std(file)))
     };
     open().map_err(|source| StdioError::Open {
         stream,
-        path: path.clone(),
+        path: path.to_owned(),
         source,
     })
 }

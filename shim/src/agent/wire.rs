@@ -86,7 +86,7 @@ impl Checked {
     }
 }
 
-fn illegal(what: String) -> io::Error {
+fn illegal(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
         format!("the agent broke the protocol: {what}"),
@@ -110,13 +110,13 @@ impl AsyncRead for Checked {
                  kind,
              }| {
                 if length > MAX_RPC_MESSAGE {
-                    return Err(illegal(format!("a frame of {length} bytes")));
+                    return Err(illegal(&format!("a frame of {length} bytes")));
                 }
                 if kind != RESPONSE {
-                    return Err(illegal(format!("a frame of type {kind}")));
+                    return Err(illegal(&format!("a frame of type {kind}")));
                 }
                 if !open.remove(&stream) {
-                    return Err(illegal(format!(
+                    return Err(illegal(&format!(
                         "an answer to call {stream}, which is not open"
                     )));
                 }

@@ -6,9 +6,9 @@
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
+use protobuf::MessageFull;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::MessageFull;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 

@@ -327,7 +327,7 @@ impl Phases<'_> {
                 name: name.to_owned(),
                 at,
                 clock: Clock::Host,
-            })
+            });
         })?)
     }
 

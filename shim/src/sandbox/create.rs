@@ -52,11 +52,14 @@ impl Sandbox {
         let admission = self
             .apply(move |pod| pod.begin_create(&id, bundle, stdio))
             .await?;
-        let created = self.create_admitted(new, admission).await;
-        if created.is_err() {
-            self.undo_create(&key, admission).await;
+        match self.create_admitted(new, admission).await {
+            Err(error) => {
+                let error = self.explain(error).await;
+                self.undo_create(&key, admission).await;
+                Err(error)
+            }
+            created => created,
         }
-        created
     }
 
     async fn create_admitted(&self, new: NewContainer, admission: Admission) -> Result<u32, Error> {
@@ -176,10 +179,12 @@ impl Sandbox {
         self.apply(move |pod| pod.begin_exec(&target, &exec, stdio))
             .await?;
         let prepared = self.prepare_exec(&machine, &key, process, &new.stdio).await;
-        if prepared.is_err() {
+        if let Err(error) = prepared {
+            let error = self.explain(error).await;
             let forgotten = key.clone();
-            let _ = self.apply(move |pod| Ok(pod.forget(&forgotten))).await;
+            let _ = self.change(move |pod| pod.forget(&forgotten)).await;
             let _ = machine.agent.delete_process(&key).await;
+            return Err(error);
         }
         prepared
     }

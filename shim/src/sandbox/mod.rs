@@ -47,6 +47,9 @@ const DRAIN_BEFORE_DELETE: Duration = Duration::from_secs(2);
 /// From a SIGKILL that the agent took to the end of the process.
 const KILL_TAKES: Duration = Duration::from_secs(5);
 
+/// From a broken connection to the reason why it broke.
+const REASON_COMES: Duration = Duration::from_secs(3);
+
 type Transition = Box<dyn FnOnce(&mut Pod) + Send>;
 
 /// The sandbox. Clones are the same one.
@@ -121,6 +124,14 @@ impl Sandbox {
         result.await.map_err(|_| Error::Ending)?
     }
 
+    /// A transition that can't be refused.
+    async fn change<T: Send + 'static>(
+        &self,
+        transition: impl FnOnce(&mut Pod) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        self.apply(move |pod| Ok(transition(pod))).await
+    }
+
     /// The machine, once it is there. Waits while another caller boots it.
     async fn machine(&self) -> Result<Arc<Machine>, Error> {
         let mut machine = self.shared.machine.subscribe();
@@ -129,11 +140,9 @@ impl Sandbox {
             machine = machine.wait_for(Option::is_some) => {
                 machine.ok().and_then(|machine| machine.clone()).ok_or(Error::Ending)
             }
-            stopped = status.wait_for(|state| matches!(state, SandboxState::Stopping { .. } | SandboxState::Stopped { .. })) => {
-                match stopped.map_err(|_| Error::Ending)?.clone() {
-                    SandboxState::Stopping { reason } | SandboxState::Stopped { reason } => Err(Error::Stopped(reason)),
-                    _ => Err(Error::Ending),
-                }
+            ended = status.wait_for(SandboxState::has_ended) => {
+                let reason = ended.ok().and_then(|state| state.end_reason().map(str::to_owned));
+                Err(reason.map_or(Error::Ending, Error::Stopped))
             }
         }
     }
@@ -145,13 +154,14 @@ impl Sandbox {
         let machine = self.machine().await?;
         let starting = key.clone();
         self.apply(move |pod| pod.begin_start(&starting)).await?;
-        if key.exec.is_none() {
-            if let Err(cause) = machine.plug_late().await {
-                return Err(self.start_failed(key, Error::Network(cause)).await);
-            }
+        if key.exec.is_none()
+            && let Err(cause) = machine.plug_late().await
+        {
+            return Err(self.start_failed(key, Error::Network(cause)).await);
         }
         if let Err(error) = machine.agent.start_process(&key).await {
-            return Err(self.start_failed(key, error.into()).await);
+            let error = self.explain(error.into()).await;
+            return Err(self.start_failed(key, error).await);
         }
         if key.exec.is_some() {
             self.watch_process(&machine, key.clone());
@@ -166,10 +176,28 @@ impl Sandbox {
             reason: Some(chain(&error)),
             oom_killed: false,
         };
-        let _ = self
-            .apply(move |pod| Ok(pod.start_failed(&key, exit)))
-            .await;
+        let _ = self.change(move |pod| pod.start_failed(&key, exit)).await;
         error
+    }
+
+    /// The better reason for a failure that the VM's death caused, of which the sandbox hears a moment later.
+    async fn explain(&self, error: Error) -> Error {
+        use crate::io::StdioError::{Connect, Deadline};
+        if !matches!(
+            error,
+            Error::Agent(AgentError::Broken { .. })
+                | Error::Stdio(Connect { .. } | Deadline { .. })
+        ) {
+            return error;
+        }
+        let mut status = self.shared.status.subscribe();
+        let ended = status.wait_for(SandboxState::has_ended);
+        match timeout(REASON_COMES, ended).await {
+            Ok(Ok(state)) => state
+                .end_reason()
+                .map_or(error, |reason| Error::Stopped(reason.to_owned())),
+            _ => error,
+        }
     }
 
     /// Waits for the end of a process. Any number of callers, at any time until it is deleted.
@@ -225,7 +253,7 @@ impl Sandbox {
                 return;
             }
             if sandbox
-                .apply(|pod| Ok(pod.live_containers()))
+                .change(|pod| pod.live_containers())
                 .await
                 .is_ok_and(|live| live == 1)
             {
@@ -241,11 +269,11 @@ impl Sandbox {
         let target = key.clone();
         let io = self.apply(move |pod| pod.begin_delete(&target)).await?;
         let machine = self.shared.machine.borrow().clone();
-        if let Some(machine) = &machine {
-            if let Err(error) = machine.agent.delete_process(&key).await {
-                // The guest may be dead; what the host has of the container goes all the same.
-                tracing::warn!(%key, error = chain(&error), "the agent did not delete");
-            }
+        if let Some(machine) = &machine
+            && let Err(error) = machine.agent.delete_process(&key).await
+        {
+            // The guest may be dead; what the host has of the container goes all the same.
+            tracing::warn!(%key, error = chain(&error), "the agent did not delete");
         }
         if let Some(io) = io {
             let _ = timeout(DRAIN_BEFORE_DELETE, io.drained()).await;
@@ -356,7 +384,7 @@ impl Sandbox {
     /// Ends the VM in order and frees what the sandbox has on the host. Returns when that is done, whoever began it.
     pub async fn stop(&self, reason: &'static str) {
         let began = self
-            .apply(move |pod| Ok(pod.begin_stop(reason)))
+            .change(move |pod| pod.begin_stop(reason))
             .await
             .unwrap_or(false);
         let machine = self.shared.machine.borrow().clone();
@@ -375,7 +403,7 @@ impl Sandbox {
 
     /// Ends the VM at once, for a reason that every container is then told.
     async fn fail(&self, machine: &Machine, reason: &'static str) {
-        let _ = self.apply(move |pod| Ok(pod.begin_stop(reason))).await;
+        let _ = self.change(move |pod| pod.begin_stop(reason)).await;
         machine.kill().await;
     }
 
@@ -387,7 +415,7 @@ impl Sandbox {
                 match machine.notice().await {
                     Notice::OutOfMemory(id) => {
                         tracing::warn!(container = %id, "out of memory");
-                        let _ = sandbox.apply(move |pod| Ok(pod.out_of_memory(&id))).await;
+                        let _ = sandbox.change(move |pod| pod.out_of_memory(&id)).await;
                     }
                     Notice::Gone(reason) => break reason,
                 }
@@ -399,7 +427,7 @@ impl Sandbox {
 
     /// The VM is gone or never was: tells every container and frees the host.
     async fn finish(&self, reason: String) {
-        let Ok(reason) = self.apply(move |pod| Ok(pod.vm_gone(&reason))).await else {
+        let Ok(reason) = self.change(move |pod| pod.vm_gone(&reason)).await else {
             return;
         };
         self.shared.machine.send_replace(None);
@@ -408,11 +436,11 @@ impl Sandbox {
         match tokio::task::spawn_blocking(move || cleanup::release(&owned)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::error!(error = chain(&error), "something of the sandbox is left")
+                tracing::error!(error = chain(&error), "something of the sandbox is left");
             }
             Err(error) => tracing::error!(%error, "the cleanup crashed"),
         }
-        let _ = self.apply(|pod| Ok(pod.stopped())).await;
+        let _ = self.change(Pod::stopped).await;
     }
 
     fn record_death(&self, reason: &str) {
@@ -512,7 +540,7 @@ impl Sandbox {
                 }
             });
         }
-        let _ = self.apply(move |pod| Ok(pod.exited(&key, exit))).await;
+        let _ = self.change(move |pod| pod.exited(&key, exit)).await;
     }
 
     /// Takes away what a container has on the host.
@@ -538,7 +566,7 @@ impl Sandbox {
 
     /// How long the sandbox has been without a container.
     pub async fn idle(&self) -> Option<Duration> {
-        self.apply(|pod| Ok(pod.idle_since().map(|since| since.elapsed())))
+        self.change(|pod| pod.idle_since().map(|since| since.elapsed()))
             .await
             .ok()
             .flatten()
@@ -546,7 +574,7 @@ impl Sandbox {
 
     /// Ids of all containers.
     pub async fn containers(&self) -> Vec<ContainerId> {
-        self.apply(|pod| Ok(pod.container_ids()))
+        self.change(|pod| pod.container_ids())
             .await
             .unwrap_or_default()
     }

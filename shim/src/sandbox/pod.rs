@@ -27,6 +27,21 @@ pub enum SandboxState {
     Stopped { reason: String },
 }
 
+impl SandboxState {
+    /// No verb that needs the guest works any more.
+    pub fn has_ended(&self) -> bool {
+        self.end_reason().is_some()
+    }
+
+    /// Why it ends or has ended.
+    pub fn end_reason(&self) -> Option<&str> {
+        match self {
+            Self::Stopping { reason } | Self::Stopped { reason } => Some(reason),
+            Self::New | Self::Creating | Self::Running => None,
+        }
+    }
+}
+
 /// What the outside is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TaskEvent {
@@ -151,10 +166,7 @@ impl Pod {
 
     /// Creating or Running → Stopping, by our own wish. False when it is past that.
     pub fn begin_stop(&mut self, reason: &str) -> bool {
-        if matches!(
-            self.state,
-            SandboxState::Stopping { .. } | SandboxState::Stopped { .. }
-        ) {
+        if self.state.has_ended() {
             return false;
         }
         self.state = SandboxState::Stopping {
@@ -166,7 +178,7 @@ impl Pod {
     /// The VM is gone: whatever still ran in it has ended with it. Gives the reason that stays: the first one.
     pub fn vm_gone(&mut self, reason: &str) -> String {
         self.begin_stop(reason);
-        let reason = self.stop_reason().unwrap_or(reason).to_owned();
+        let reason = self.state.end_reason().unwrap_or(reason).to_owned();
         let exit = Exit {
             status: VM_DIED,
             at: SystemTime::now(),
@@ -188,15 +200,9 @@ impl Pod {
         }
     }
 
-    fn stop_reason(&self) -> Option<&str> {
-        match &self.state {
-            SandboxState::Stopping { reason } | SandboxState::Stopped { reason } => Some(reason),
-            _ => None,
-        }
-    }
-
     fn alive(&self) -> Result<(), Error> {
-        self.stop_reason()
+        self.state
+            .end_reason()
             .map_or(Ok(()), |reason| Err(Error::Stopped(reason.to_owned())))
     }
 
