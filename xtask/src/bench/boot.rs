@@ -1,7 +1,7 @@
 //! coffer-vmm against QEMU's microvm.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::bench::Place;
 use crate::bench::report::{Report, Samples};
 
-/// KVM's counters, one directory per VM, named by the process that owns it.
+/// KVM's counters, one directory per VM, named by the process that owns it. There is one sandbox at a time.
 const KVM_COUNTERS: &str = "/sys/kernel/debug/kvm";
 /// Time for a guest that has booted to become quiet before its memory is looked at.
 const SETTLE: Duration = Duration::from_millis(500);
@@ -27,8 +27,8 @@ pub fn measure(place: &Place, report: &mut Report) -> Result<()> {
     let (mut ours, mut theirs) = (Side::default(), Side::default());
     for run in 0..place.runs {
         eprintln!("--> boot {} of {}", run + 1, place.runs);
-        ours.add(place, "coffer-vmm", "coffer-vmm")?;
-        theirs.add(place, "qemu", "qemu-system-x86")?;
+        ours.add(place, "coffer-vmm")?;
+        theirs.add(place, "qemu")?;
     }
     report.add(
         "boot to agent-ready",
@@ -55,13 +55,14 @@ pub fn measure(place: &Place, report: &mut Report) -> Result<()> {
 }
 
 impl Side {
-    /// One boot. `program` is the process that owns the VM.
-    fn add(&mut self, place: &Place, hypervisor: &str, program: &str) -> Result<()> {
+    /// One boot.
+    fn add(&mut self, place: &Place, hypervisor: &str) -> Result<()> {
         let name = format!("boot-{hypervisor}");
         let timings = place.start_sandbox(&name, hypervisor)?;
         self.boot.add(agent_ready_ms(&timings)?);
-        let process = owner_of_vm(program)?;
-        self.exits.add(exits(process)? / 1000.0);
+        let (counters, process) = only_vm()?;
+        self.exits
+            .add(read_number(&counters.join("exits"))? / 1000.0);
         thread::sleep(SETTLE);
         let smaps = fs::read_to_string(format!("/proc/{process}/smaps")).context("read smaps")?;
         self.memory.add(private_kib(&smaps) / 1024.0);
@@ -87,33 +88,16 @@ fn agent_ready_ms(timings: &str) -> Result<f64> {
     Ok(seconds.context("seconds")? * 1e3 + nanos.context("nanoseconds")? / 1e6)
 }
 
-/// The process of that name that has a VM. There is one sandbox at a time.
-fn owner_of_vm(program: &str) -> Result<u32> {
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(process) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
-            continue;
-        };
-        // The kernel keeps 15 bytes of a name.
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if program.starts_with(name.trim_end()) && !name.trim_end().is_empty() {
-            return Ok(process);
-        }
-    }
-    anyhow::bail!("no process {program}")
-}
-
-fn exits(process: u32) -> Result<f64> {
+/// KVM's counters of the only VM, and the process that owns it.
+fn only_vm() -> Result<(PathBuf, u32)> {
     let entries = fs::read_dir(KVM_COUNTERS).with_context(|| format!("read {KVM_COUNTERS}"))?;
-    let prefix = format!("{process}-");
-    let vm = entries
-        .flatten()
-        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
-    let vm = vm.with_context(|| format!("{KVM_COUNTERS} has no VM of process {process}"))?;
-    read_number(&vm.path().join("exits"))
+    let mut vms = entries.flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        let (process, _) = name.to_str()?.split_once('-')?;
+        Some((entry.path(), process.parse().ok()?))
+    });
+    vms.next()
+        .with_context(|| format!("{KVM_COUNTERS} has no VM"))
 }
 
 fn read_number(path: &Path) -> Result<f64> {

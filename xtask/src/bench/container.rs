@@ -68,7 +68,10 @@ pub fn measure(place: &Place, report: &mut Report) -> Result<()> {
 }
 
 fn stream_script() -> String {
-    format!("head -c {STREAM_MIB}M /dev/zero")
+    format!(
+        "dd if=/dev/zero bs=64k count={} 2> /dev/null",
+        STREAM_MIB * 16
+    )
 }
 
 fn stream(mut command: Command) -> Result<()> {
