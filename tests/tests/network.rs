@@ -164,10 +164,24 @@ fn a_network_that_comes_after_the_boot_is_attached() {
     let wire = Wire::unconnected(&test);
     let sandbox = wire.start(&test);
     wire.connect();
-    wait_for("the guest to have the address", || sandbox.sh("cat /proc/net/fib_trie").contains("10.9.0.2"));
-    wait_for("the guest to have the routes", || sandbox.sh("cat /proc/net/route").contains("0100090A"));
+    wait_for("the guest to have the address", || {
+        sandbox.sh("cat /proc/net/fib_trie").contains("10.9.0.2")
+    });
+    wait_for("the guest to have the routes", || {
+        sandbox.sh("cat /proc/net/route").contains("0100090A")
+    });
     echo(&sandbox, &wire, "10.9.0.1", b"late");
     // An address that is added to the running pod follows as well.
-    ip(&["-n", &wire.pod, "addr", "add", "10.9.0.77/24", "dev", "eth0"]);
-    wait_for("the new address", || sandbox.sh("cat /proc/net/fib_trie").contains("10.9.0.77"));
+    ip(&[
+        "-n",
+        &wire.pod,
+        "addr",
+        "add",
+        "10.9.0.77/24",
+        "dev",
+        "eth0",
+    ]);
+    wait_for("the new address", || {
+        sandbox.sh("cat /proc/net/fib_trie").contains("10.9.0.77")
+    });
 }

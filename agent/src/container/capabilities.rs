@@ -26,6 +26,17 @@ pub fn parse(spec: &LinuxCapabilities) -> Result<Sets, (&'static str, String)> {
         permitted: set("permitted", spec.permitted().as_ref())?,
         ambient: set("ambient", spec.ambient().as_ref())?,
     };
+    // The kernel lets only a permitted and inheritable capability be ambient. Like runc, which wrote specs with more of them
+    // itself, we leave out the rest.
+    let possible: CapsHashSet = sets
+        .permitted
+        .intersection(&sets.inheritable)
+        .copied()
+        .collect();
+    let sets = Sets {
+        ambient: sets.ambient.intersection(&possible).copied().collect(),
+        ..sets
+    };
     if let Some(extra) = sets.effective.difference(&sets.permitted).next() {
         return Err(("effective", format!("{extra} is not permitted")));
     }

@@ -71,7 +71,7 @@ pub fn bring_loopback_up() -> Result<(), NetworkError> {
 /// Gives a card the name, addresses, routes and neighbours of `interface`, and takes from it all others.
 pub async fn configure(interface: &Interface) -> Result<(), NetworkError> {
     let handle = open()?;
-    let (index, old_name) = find_card(&handle, interface.mac).await?;
+    let (index, old_name) = find_card(&handle, [interface.mac, interface.found_by]).await?;
     let name = &interface.name;
 
     // The host's network has checked the addresses already; to detect duplicates would delay their use by a second.
@@ -89,7 +89,9 @@ pub async fn configure(interface: &Interface) -> Result<(), NetworkError> {
         .await
         .map_err(because(format!("take {old_name} down")))?;
     flush_addresses(&handle, index).await?;
-    let mut link = LinkUnspec::new_with_index(index).name(name.as_str());
+    let mut link = LinkUnspec::new_with_index(index)
+        .name(name.as_str())
+        .address(interface.mac.0.to_vec());
     if let Some(mtu) = interface.mtu {
         link = link.mtu(mtu);
     }
@@ -164,7 +166,8 @@ fn open() -> Result<Handle, NetworkError> {
     Ok(handle)
 }
 
-async fn find_card(handle: &Handle, mac: Mac) -> Result<(u32, String), NetworkError> {
+/// Waits for the card with the first address, or the second.
+async fn find_card(handle: &Handle, macs: [Mac; 2]) -> Result<(u32, String), NetworkError> {
     let end = Instant::now() + CARD_DEADLINE;
     loop {
         let links: Vec<LinkMessage> = handle
@@ -174,11 +177,13 @@ async fn find_card(handle: &Handle, mac: Mac) -> Result<(u32, String), NetworkEr
             .try_collect()
             .await
             .map_err(because("list the interfaces"))?;
-        let found = links.iter().find(|link| {
-            link.attributes
-                .iter()
-                .any(|a| matches!(a, LinkAttribute::Address(address) if address[..] == mac.0))
-        });
+        let has = |link: &LinkMessage, mac: Mac| {
+            let is = |a: &LinkAttribute| matches!(a, LinkAttribute::Address(address) if address[..] == mac.0);
+            link.attributes.iter().any(is)
+        };
+        let found = macs
+            .iter()
+            .find_map(|mac| links.iter().find(|link| has(link, *mac)));
         if let Some(link) = found {
             let name = link
                 .attributes
@@ -190,7 +195,7 @@ async fn find_card(handle: &Handle, mac: Mac) -> Result<(u32, String), NetworkEr
             return Ok((link.header.index, name.unwrap_or_default()));
         }
         if Instant::now() >= end {
-            return Err(NetworkError::NoCard(mac));
+            return Err(NetworkError::NoCard(macs[0]));
         }
         sleep(CARD_INTERVAL).await;
     }

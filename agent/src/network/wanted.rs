@@ -19,6 +19,8 @@ impl std::fmt::Display for Mac {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Interface {
     pub mac: Mac,
+    /// The address it has until it gets `mac`.
+    pub found_by: Mac,
     pub name: String,
     pub mtu: Option<u32>,
     pub addresses: Vec<Address>,
@@ -73,6 +75,11 @@ impl TryFrom<&agent::Interface> for Interface {
         }
         Ok(Self {
             mac: parse_mac(&wire.mac)?,
+            found_by: parse_mac(if wire.found_by.is_empty() {
+                &wire.mac
+            } else {
+                &wire.found_by
+            })?,
             name: wire.name.clone(),
             mtu: given(wire.mtu),
             addresses: wire

@@ -166,6 +166,7 @@ mod tests {
     use containerd_shim_protos::api::Empty;
     use containerd_shim_protos::events::task::{TaskExit, TaskStart};
     use containerd_shim_protos::shim_async::{Events, create_events};
+    use protobuf::Message;
     use std::path::Path;
     use std::sync::Arc;
     use ttrpc::asynchronous::{Server, TtrpcContext};

@@ -6,6 +6,7 @@
 pub mod child;
 pub mod options;
 mod parts;
+mod wiring;
 
 pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
 pub use parts::{BootCause, open_console};
@@ -13,7 +14,7 @@ pub use parts::{BootCause, open_console};
 use crate::agent::{Agent, AgentError};
 use crate::cleanup;
 use crate::io::Dialer;
-use crate::network::{self, Nic};
+use crate::network;
 use crate::share::Share;
 use crate::state::{Clock, Phase, StateFile};
 use crate::vmm::{Vmm, VmmError, chain};
@@ -23,9 +24,10 @@ use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::time::timeout;
+use wiring::Wiring;
 
 /// From the agent's "I shut down" to the end of the VM: sync is done, only the restart is left.
 const GUEST_EXIT: Duration = Duration::from_secs(3);
@@ -66,8 +68,8 @@ pub struct Machine {
     fsd: Child,
     console: File,
     slowness: u32,
-    /// The pod's network namespace, while the network slot is still without a tap.
-    unplugged: Mutex<Option<PathBuf>>,
+    /// The pod's network, where it has one.
+    wiring: Option<Wiring>,
 }
 
 /// What ends or wakes the watch over a machine.
@@ -146,7 +148,6 @@ async fn assemble(
     let vmm = Vmm::new(control, process).map_err(BootCause::Socket)?;
     phases.done("processes")?;
 
-    let plugged = !nics.is_empty();
     let interfaces: Vec<Interface> = nics.iter().map(|nic| nic.interface.clone()).collect();
     let (config, sent, home) = parts::vm_config(
         options,
@@ -163,6 +164,7 @@ async fn assemble(
     phases.done("vm")?;
 
     let agent = Agent::new(home, slowness).map_err(BootCause::Socket)?;
+    let plugged = interfaces.clone();
     let request = start_request(options, pod, interfaces)?;
     let guest = tokio::select! {
         guest = agent.start_sandbox(&request, deadline) => guest.map_err(|error| no_agent(error, deadline))?,
@@ -172,7 +174,10 @@ async fn assemble(
     phases.guest(&vmm, guest)?;
 
     let dialer = Dialer::new(&dir, slowness).map_err(BootCause::Socket)?;
-    let unplugged = Mutex::new(if plugged { None } else { pod.netns.clone() });
+    let wiring = pod
+        .netns
+        .clone()
+        .map(|netns| Wiring::new(netns, plugged, parts::local_mac(uid)));
     Ok(Machine {
         agent,
         vmm,
@@ -181,7 +186,7 @@ async fn assemble(
         fsd,
         console,
         slowness,
-        unplugged,
+        wiring,
     })
 }
 
@@ -284,31 +289,32 @@ impl Machine {
         u32::try_from(self.vmm.process.id.pid).unwrap_or_default()
     }
 
-    /// Takes an interface that appeared in the pod's namespace since the boot into the VM: docker and podman wire the
-    /// network between create and start.
-    pub async fn plug_late(&self) -> Result<(), BootCause> {
-        let Some(netns) = self
-            .unplugged
-            .lock()
-            .expect("no holder of this lock panics")
-            .clone()
-        else {
-            return Ok(());
-        };
-        let Some(Nic { tap, interface, .. }) =
-            network::attach(&netns, &[]).await?.into_iter().next()
-        else {
-            return Ok(());
-        };
-        *self
-            .unplugged
-            .lock()
-            .expect("no holder of this lock panics") = None;
-        self.vmm.attach_tap(0, tap).await?;
-        self.agent
-            .configure_interface(&interface)
-            .await
-            .map_err(BootCause::Agent)
+    /// Brings the guest's network to where the pod's namespace is now.
+    pub async fn follow_network(&self) -> Result<(), BootCause> {
+        match &self.wiring {
+            Some(wiring) => wiring.follow(&self.vmm, &self.agent).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Follows the namespace until the machine is dropped.
+    pub fn watch_network(self: &Arc<Self>) {
+        let Some(wiring) = &self.wiring else { return };
+        let mut changes = network::watch(wiring.netns());
+        let machine = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while changes.recv().await.is_some() {
+                let Some(machine) = machine.upgrade() else {
+                    return;
+                };
+                if let Err(error) = machine.follow_network().await {
+                    tracing::warn!(
+                        error = chain(&error),
+                        "a change of the network did not reach the guest"
+                    );
+                }
+            }
+        });
     }
 }
 

@@ -301,7 +301,7 @@ pub fn vm_config(
 }
 
 /// Locally administered, and unique among this root's sandboxes as the uid is.
-fn local_mac(uid: u32) -> [u8; 6] {
+pub fn local_mac(uid: u32) -> [u8; 6] {
     let [a, b, c, d] = uid.to_be_bytes();
     [0x02, 0xc0, a, b, c, d]
 }

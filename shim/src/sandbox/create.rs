@@ -141,6 +141,7 @@ impl Sandbox {
             Ok(*pod.state() != super::pod::SandboxState::Running)
         });
         self.watch_machine(machine.clone());
+        machine.watch_network();
         if stopped.await? {
             // Somebody wanted the end while it booted.
             machine.kill().await;

@@ -155,7 +155,7 @@ impl Sandbox {
         let starting = key.clone();
         self.apply(move |pod| pod.begin_start(&starting)).await?;
         if key.exec.is_none()
-            && let Err(cause) = machine.plug_late().await
+            && let Err(cause) = machine.follow_network().await
         {
             return Err(self.start_failed(key, Error::Network(cause)).await);
         }

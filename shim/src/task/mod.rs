@@ -65,7 +65,10 @@ async fn whole<T: Send + 'static>(
     }
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the shape that map_err takes"
+)]
 fn status(error: Error) -> ttrpc::Error {
     let message = chain(&error);
     tracing::debug!(code = ?error.code(), message, "refused");
