@@ -225,6 +225,11 @@ impl Child {
         self.describe(status)
     }
 
+    /// Whether it ended by itself and without an error: it saw the end of its socket.
+    pub fn left_in_order(&self) -> bool {
+        self.exit.borrow().is_some_and(|status| status.success())
+    }
+
     /// Its end in words, if it has ended.
     pub fn has_ended(&self) -> Option<String> {
         let status = *self.exit.borrow();

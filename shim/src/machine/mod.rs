@@ -239,17 +239,22 @@ impl Machine {
             tokio::time::sleep(EVENT_INTERVAL).await;
             self.agent.next_oom().await
         };
-        tokio::select! {
-            reason = self.vmm.gone() => Notice::Gone(self.explain(reason)),
-            reason = self.fsd.ended() => Notice::Gone(reason),
-            event = event => match event {
-                Ok(container) => Notice::OutOfMemory(container),
-                Err(error) => {
-                    let reason = timeout(BETTER_REASON, self.vmm.gone()).await.map(|reason| self.explain(reason));
-                    Notice::Gone(reason.unwrap_or_else(|_| chain(&error)))
+        let effect = tokio::select! {
+            reason = self.vmm.gone() => return Notice::Gone(self.explain(reason)),
+            ended = self.fsd.ended() => {
+                if !self.fsd.left_in_order() {
+                    return Notice::Gone(ended);
                 }
+                ended
+            }
+            event = event => match event {
+                Ok(container) => return Notice::OutOfMemory(container),
+                Err(error) => chain(&error),
             },
-        }
+        };
+        // Both follow from the VM's end, which is told a moment later and says more.
+        let cause = timeout(BETTER_REASON, self.vmm.gone()).await;
+        Notice::Gone(cause.map_or(effect, |reason| self.explain(reason)))
     }
 
     /// A guest that ends by itself says why on its console, if anywhere.
