@@ -40,7 +40,7 @@ impl Bundle {
 
     /// Runs it in a sandbox.
     pub fn run(&self, test: &Test) -> Finished {
-        finish(test.run_command(&["--bundle", self.write()]))
+        finish(test.run_command(&["--id", &test.id(), "--bundle", self.write()]))
     }
 
     /// Runs the same bundle on the host, for comparison.

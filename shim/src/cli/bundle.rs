@@ -11,6 +11,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 /// Why there is no bundle.
 #[derive(Debug, thiserror::Error)]
@@ -42,17 +43,18 @@ pub(super) fn around_rootfs(
     write(sandbox, &spec)
 }
 
-/// Unpacks an image into `sandbox` and makes a bundle of it.
+/// Unpacks an image into `sandbox` and makes a bundle of it. `stop` ends it early.
 pub(super) fn from_image(
     sandbox: &Path,
     id: &ContainerId,
     options: &ContainerOptions,
     reference: &str,
+    stop: &AtomicBool,
 ) -> Result<PathBuf, BundleError> {
     let image = Image::open(reference)?;
     let rootfs = sandbox.join("bundle/rootfs");
     make_directory(&rootfs)?;
-    image.unpack(&rootfs)?;
+    image.unpack(&rootfs, stop)?;
     let root = Root::open(&rootfs).map_err(|source| BundleError::Rootfs {
         path: rootfs.clone(),
         source,

@@ -18,6 +18,8 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// Where the output of a detached container goes, in the sandbox's directory.
@@ -42,7 +44,7 @@ pub(super) async fn run(config: &Config, options: &RunOptions) -> Result<u8, Err
 
     let staging = Staging::make(&config.root, &id)?;
     let prepared = caller
-        .unless_interrupted(prepare(&staging, options, &id))
+        .unless_interrupted(prepare(&staging, options, &id, caller.interrupted()))
         .await?;
     let mut sandbox = config.sandbox(id.clone(), choice.hypervisor);
     size(&mut sandbox, options, &prepared, config);
@@ -78,6 +80,7 @@ async fn prepare(
     staging: &Staging,
     options: &RunOptions,
     id: &SandboxId,
+    stop: Arc<AtomicBool>,
 ) -> Result<Prepared, Error> {
     let container = ContainerId::new(id.as_str()).expect("both kinds of id have the same form");
     let memory_limit = options.container.memory.map(|memory| memory.0);
@@ -92,7 +95,13 @@ async fn prepare(
         SourceOptions { image, .. } => {
             let reference = image.as_deref().expect("clap wants one of the three");
             tokio::task::block_in_place(|| {
-                bundle::from_image(&staging.path, &container, &options.container, reference)
+                bundle::from_image(
+                    &staging.path,
+                    &container,
+                    &options.container,
+                    reference,
+                    &stop,
+                )
             })?
         }
     };

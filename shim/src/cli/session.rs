@@ -6,6 +6,8 @@ use super::stdio::{Copying, Fifos};
 use super::terminal::{RawMode, window_size};
 use containerd_shim_protos::ttrpc::Code;
 use nix::sys::signal::Signal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -26,6 +28,12 @@ const BROKEN_PIPE: u8 = 128 + 13;
 pub(super) struct Caller {
     signals: mpsc::Receiver<Signal>,
     window: Signals,
+    interrupted: Arc<AtomicBool>,
+}
+
+/// Whether a signal ends this program while there is no process to pass it on to.
+fn interrupts(signal: Signal) -> bool {
+    !matches!(signal, Signal::SIGUSR1 | Signal::SIGUSR2)
 }
 
 impl Caller {
@@ -35,17 +43,26 @@ impl Caller {
             source,
         };
         let (sender, signals) = mpsc::channel(16);
+        let interrupted = Arc::new(AtomicBool::new(false));
         for kind in FORWARDED {
             let mut stream = signal(SignalKind::from_raw(kind as i32)).map_err(failed)?;
-            let sender = sender.clone();
+            let (sender, interrupted) = (sender.clone(), interrupted.clone());
             tokio::spawn(async move {
-                while stream.recv().await.is_some() && sender.send(kind).await.is_ok() {}
+                while stream.recv().await.is_some() && sender.send(kind).await.is_ok() {
+                    interrupted.fetch_or(interrupts(kind), Ordering::Relaxed);
+                }
             });
         }
         Ok(Self {
             signals,
             window: signal(SignalKind::window_change()).map_err(failed)?,
+            interrupted,
         })
+    }
+
+    /// Becomes true with the first signal that would end this program, for work that blocks its thread.
+    pub(super) fn interrupted(&self) -> Arc<AtomicBool> {
+        self.interrupted.clone()
     }
 
     /// Runs something that is not a process yet; a signal that would end this program ends it.
@@ -56,12 +73,17 @@ impl Caller {
         tokio::pin!(work);
         loop {
             tokio::select! {
-                done = &mut work => return done,
+                biased;
                 Some(signal) = self.signals.recv() => {
-                    if !matches!(signal, Signal::SIGUSR1 | Signal::SIGUSR2) {
+                    if interrupts(signal) {
                         return Err(Error::Interrupted(signal));
                     }
                 }
+                done = &mut work => match (done, self.signals.try_recv()) {
+                    // Work that blocked has ended because of the signal.
+                    (Err(_), Ok(signal)) if interrupts(signal) => return Err(Error::Interrupted(signal)),
+                    (done, _) => return done,
+                },
             }
         }
     }

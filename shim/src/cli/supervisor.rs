@@ -29,8 +29,8 @@ pub(super) const LOG_FILE: &str = "supervisor.log";
 const MAX_ANSWER: u64 = 16 << 10;
 /// Longest options; they hold paths and kernel parameters.
 const MAX_OPTIONS: u64 = 1 << 20;
-/// From the start of the program until it serves; it makes a directory and a socket.
-const START: Duration = Duration::from_secs(20);
+/// From the start of the program until it serves. It only makes a directory and a socket, but the machine may be busy.
+const START: Duration = Duration::from_secs(60);
 /// From Shutdown until everything is gone: the guest powers off, or is stopped.
 const END: Duration = Duration::from_secs(20);
 

@@ -9,6 +9,7 @@ use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use sha2::{Digest as _, Sha256};
 use std::io::{self, BufRead, BufReader, Read};
+use std::sync::atomic::AtomicBool;
 
 /// Read size for blobs: large enough that system calls don't count.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -38,7 +39,12 @@ impl Layer {
     }
 
     /// Applies the layer to the tree. What was written is only to be trusted when this returned Ok.
-    pub(super) fn unpack(&self, source: &Source, tree: &mut Tree) -> Result<(), Error> {
+    pub(super) fn unpack(
+        &self,
+        source: &Source,
+        tree: &mut Tree,
+        stop: &AtomicBool,
+    ) -> Result<(), Error> {
         let section = source.required(&self.path)?;
         if let Some((_, expected)) = self.stored
             && section.size() != expected
@@ -60,7 +66,10 @@ impl Layer {
                 .take(MAX_UNPACKED_BYTES + 1),
         );
         // A corrupt blob shows as any kind of tar or gzip error: the digests are looked at first, then the result.
-        let applied = tree.apply(&mut plain);
+        let applied = match tree.apply(&mut plain, stop) {
+            Err(super::tree::Error::Stopped) => return Err(Error::Stopped),
+            applied => applied,
+        };
         let drained = io::copy(&mut plain, &mut io::sink());
         if plain.count > MAX_UNPACKED_BYTES {
             return Err(Error::TooLarge);

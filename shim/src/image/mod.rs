@@ -34,6 +34,7 @@ use oci_spec::image::Digest;
 use source::Source;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 /// Longest JSON document of an image (index, manifest, config). Registries refuse manifests over 4 MiB.
 const MAX_DOCUMENT_BYTES: u64 = 4 << 20;
@@ -90,6 +91,8 @@ pub enum Error {
     Layer { name: String, source: tree::Error },
     #[error("the image unpacks to more than {} GiB", MAX_UNPACKED_BYTES >> 30)]
     TooLarge,
+    #[error("unpacking the image was stopped")]
+    Stopped,
     #[error("creating the directory {path:?} failed")]
     Target { path: PathBuf, source: io::Error },
 }
@@ -121,16 +124,16 @@ impl Image {
         &self.config
     }
 
-    /// Unpacks all layers, lowest first, into `directory`, which must be empty. On an error the directory holds a part
-    /// of the image and is of no use.
-    pub fn unpack(&self, directory: &Path) -> Result<(), Error> {
+    /// Unpacks all layers, lowest first, into `directory`, which must be empty. Ends early when `stop` becomes true. On
+    /// an error the directory holds a part of the image and is of no use.
+    pub fn unpack(&self, directory: &Path, stop: &AtomicBool) -> Result<(), Error> {
         let target = |source| Error::Target {
             path: directory.into(),
             source,
         };
         let mut tree = tree::Tree::open(directory).map_err(target)?;
         for layer in &self.layers {
-            layer.unpack(&self.source, &mut tree)?;
+            layer.unpack(&self.source, &mut tree, stop)?;
         }
         Ok(())
     }

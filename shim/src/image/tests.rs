@@ -7,12 +7,13 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use tar::{EntryType, Header};
 use tempfile::TempDir;
 
 fn unpack(reference: &str) -> Result<TempDir, Error> {
     let directory = tempfile::tempdir().unwrap();
-    Image::open(reference)?.unpack(directory.path())?;
+    Image::open(reference)?.unpack(directory.path(), &AtomicBool::new(false))?;
     Ok(directory)
 }
 
@@ -98,6 +99,17 @@ fn layers_are_plain_gzip_or_zstd_with_many_frames() {
     for name in ["first", "second", "third", "fourth"] {
         assert_eq!(read(&root, name), name);
     }
+}
+
+#[test]
+fn unpacking_can_be_stopped() {
+    let image = Layout::of(&[LayerTar::new().file("a", "").finish()]);
+    let directory = tempfile::tempdir().unwrap();
+    let stopped = Image::open(image.path())
+        .unwrap()
+        .unpack(directory.path(), &AtomicBool::new(true));
+    assert!(matches!(stopped, Err(Error::Stopped)));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[test]

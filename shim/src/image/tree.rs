@@ -27,6 +27,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use tar::EntryType;
 
 const WHITEOUT: &[u8] = b".wh.";
@@ -43,6 +44,8 @@ pub enum Error {
     Refused { path: PathBuf, reason: &'static str },
     #[error("writing its entry {path:?} failed")]
     Write { path: PathBuf, source: io::Error },
+    #[error("it was stopped")]
+    Stopped,
     #[error("it brings the image to more than {MAX_ENTRIES} entries")]
     TooManyEntries,
     #[error("it brings the image to more than {} GiB", MAX_UNPACKED_BYTES >> 30)]
@@ -91,11 +94,14 @@ impl Tree {
         })
     }
 
-    /// Applies one layer.
-    pub(super) fn apply(&mut self, layer: impl Read) -> Result<(), Error> {
+    /// Applies one layer; ends before the next entry when `stop` becomes true.
+    pub(super) fn apply(&mut self, layer: impl Read, stop: &AtomicBool) -> Result<(), Error> {
         let mut reader = TarReader::new(layer);
         let mut applied = Applied::default();
         while let Some(member) = reader.next().map_err(|source| Error::Tar { source })? {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped);
+            }
             self.entries += 1;
             if self.entries > MAX_ENTRIES {
                 return Err(Error::TooManyEntries);
