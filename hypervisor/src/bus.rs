@@ -6,9 +6,9 @@ use crate::layout::{
     I8042_COMMAND_PORT, I8042_DATA_PORT, SERIAL_PORT, SERIAL_PORT_COUNT, VIRTIO_MMIO,
     VIRTIO_MMIO_SIZE,
 };
+use crate::notice::{Notice, Notices};
 use crate::ring::ConsoleRing;
-use crate::vcpu::{Notice, Notices};
-use crate::virtio::mmio::Slot;
+use crate::virtio::slot::Slot;
 use coffer_proto::limits::{BOOT_TIMER_PORT, MAX_BOOT_PHASES};
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -15,6 +15,7 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod mptable;
+pub mod notice;
 pub mod qemu;
 pub mod ring;
 pub mod seccomp;

@@ -10,17 +10,17 @@ use crate::layout::{
     FIRST_VIRTIO_GSI, KVM_TSS, LAST_GSI, SERIAL_GSI, START_INFO, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
 };
 use crate::memory::{self, MemoryError};
+use crate::notice::{Notice, Notices};
 use crate::ring::ConsoleRing;
-use crate::vcpu::{
-    self, ExitCounts, Notice, Notices, RunningVcpu, Vcpu, VcpuContext, VcpuError, Wanted,
-};
+use crate::vcpu::{self, ExitCounts, RunningVcpu, Vcpu, VcpuContext, VcpuError, Wanted};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::fs::Fs;
-use crate::virtio::mmio::{QUEUE_NOTIFY, Slot, Transport};
+use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
+use crate::virtio::slot::Slot;
 use crate::virtio::vsock::{Muxer, Vsock};
 use crate::virtio::{Memory, VirtioDevice};
 use coffer_proto::limits::{MAX_DISKS, MAX_NICS, MAX_VCPUS};

@@ -15,6 +15,7 @@
 
 use crate::bus::Bus;
 use crate::cpuid;
+use crate::notice::{Notice, Notices};
 use crate::seccomp::{self, ThreadClass};
 use coffer_proto::vmm::Exit;
 use kvm_bindings::{CpuId, KVMIO, Msrs, kvm_msr_entry, kvm_pre_fault_memory, kvm_segment};
@@ -24,12 +25,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// Why a vCPU can't be made.
@@ -43,38 +41,6 @@ pub enum VcpuError {
     Thread(u8, #[source] io::Error),
     #[error("the signal that interrupts vCPUs can't be set up")]
     Signal(#[source] vmm_sys_util::errno::Error),
-}
-
-/// What a vCPU's thread tells the main loop.
-#[derive(Debug)]
-pub enum Notice {
-    /// The thread stands still since it saw this wish.
-    Paused { vcpu: u8, wish: u64 },
-    /// The guest pulsed the reset line.
-    Reset,
-    /// The guest wrote the boot timer.
-    Phase { phase: u32, since_start: Duration },
-    /// This vCPU will never run again.
-    Finished { vcpu: u8, exit: Option<Exit> },
-}
-
-/// The way of notices to the main loop: a queue, and an event that wakes the loop.
-#[derive(Debug, Clone)]
-pub struct Notices {
-    queue: Sender<Notice>,
-    wake: Arc<EventFd>,
-}
-
-impl Notices {
-    pub fn new(queue: Sender<Notice>, wake: Arc<EventFd>) -> Self {
-        Self { queue, wake }
-    }
-
-    pub fn send(&self, notice: Notice) {
-        // The receiver lives as long as the process; a full event counter means that the loop is woken already.
-        let _ = self.queue.send(notice);
-        let _ = self.wake.write(1);
-    }
 }
 
 /// What the main loop wants of a vCPU.

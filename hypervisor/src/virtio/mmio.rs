@@ -12,13 +12,11 @@
 //! the device gets copies, so nothing the guest writes afterwards can move a ring (CVE-2026-5747 was that).
 //!
 //! Register accesses come on vCPU threads. Only activation and reset touch the device's working parts, and those belong to
-//! the main thread: a vCPU leaves them as [`Work`] and waits in [`Slot::write`] until the main loop has done it.
+//! the main thread: a vCPU leaves them as [`Work`] and waits in [`super::slot::Slot::write`] until the main loop has done it.
 
 use super::{Activation, DeviceError, Interrupt, Memory, VirtioDevice};
 use bitflags::bitflags;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -36,7 +34,7 @@ const TRANSPORT_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// Register offsets of section 4.2.2.
-mod register {
+pub(super) mod register {
     pub(super) const MAGIC_VALUE: u64 = 0x00;
     pub(super) const VERSION: u64 = 0x04;
     pub(super) const DEVICE_ID: u64 = 0x08;
@@ -49,8 +47,8 @@ mod register {
     pub(super) const QUEUE_NUM_MAX: u64 = 0x34;
     pub(super) const QUEUE_NUM: u64 = 0x38;
     pub(super) const QUEUE_READY: u64 = 0x44;
-    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
-    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(in crate::virtio) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(in crate::virtio) const INTERRUPT_ACK: u64 = 0x64;
     pub(super) const STATUS: u64 = 0x70;
     pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
     pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
@@ -351,6 +349,11 @@ impl Transport {
             && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
+    /// Whether the main thread has something to do.
+    pub fn has_work(&self) -> bool {
+        self.work.is_some()
+    }
+
     /// What the main thread has to do now, if anything.
     pub fn take_work(&mut self) -> Option<Work> {
         self.work.take()
@@ -447,81 +450,6 @@ fn half(value: u64, select: u32) -> u32 {
 fn store(register: &mut u32, value: u32) -> bool {
     *register = value;
     true
-}
-
-/// A transport as vCPU threads and the main thread share it.
-#[derive(Debug)]
-pub struct Slot {
-    /// Of the device, for logs and counters ("vsock", "net0").
-    pub name: String,
-    transport: Mutex<Transport>,
-    /// The interrupt registers, which a driver reads and writes at every interrupt, need no lock.
-    interrupt: Interrupt,
-    /// Counts pieces of work the main thread has finished.
-    done: Condvar,
-    /// Wakes the main thread for work.
-    wake: Arc<EventFd>,
-    abandoned: AtomicU64,
-}
-
-impl Slot {
-    pub fn new(name: impl Into<String>, transport: Transport, wake: Arc<EventFd>) -> Self {
-        let interrupt = transport.interrupt.clone();
-        let (done, abandoned) = (Condvar::new(), AtomicU64::new(0));
-        Self {
-            name: name.into(),
-            transport: Mutex::new(transport),
-            interrupt,
-            done,
-            wake,
-            abandoned,
-        }
-    }
-
-    pub fn lock(&self) -> MutexGuard<'_, Transport> {
-        self.transport
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// vCPU thread: a read.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        match (offset, <&mut [u8; 4]>::try_from(&mut *data)) {
-            (register::INTERRUPT_STATUS, Ok(word)) => *word = self.interrupt.status().to_le_bytes(),
-            _ => self.lock().read(offset, data),
-        }
-    }
-
-    /// vCPU thread: a write. Returns when its effect is there.
-    pub fn write(&self, offset: u64, data: &[u8]) {
-        if let (register::INTERRUPT_ACK, &[a, b, c, d]) = (offset, data) {
-            return self.interrupt.acknowledge(u32::from_le_bytes([a, b, c, d]));
-        }
-        let mut transport = self.lock();
-        transport.write(offset, data);
-        if transport.work.is_some() {
-            // A full counter means that the main thread is woken already.
-            let _ = self.wake.write(1);
-        }
-        while transport.work.is_some() && self.abandoned.load(Ordering::SeqCst) == 0 {
-            transport = self
-                .done
-                .wait(transport)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Main thread: tells the waiting vCPU that its work is done.
-    pub fn finished(&self) {
-        self.done.notify_all();
-    }
-
-    /// Main thread: the VM ends, nobody does work any more.
-    pub fn abandon(&self) {
-        self.abandoned.store(1, Ordering::SeqCst);
-        let _transport = self.lock();
-        self.done.notify_all();
-    }
 }
 
 #[cfg(test)]

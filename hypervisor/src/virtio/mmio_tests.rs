@@ -2,6 +2,8 @@ use super::*;
 use crate::virtio::fake_driver::{Buf, FakeDriver, RAM};
 use crate::virtio::queue::{self, QueueError};
 use crate::virtio::rng::Rng;
+use crate::virtio::slot::Slot;
+use std::sync::Arc;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;

@@ -18,6 +18,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod slot;
 pub mod vsock;
 
 pub use device::{Activation, DeviceError, Interrupt, VirtioDevice};
