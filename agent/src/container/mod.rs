@@ -79,7 +79,8 @@ pub enum ChildStdio {
         stdout: Option<OwnedFd>,
         stderr: Option<OwnedFd>,
     },
-    /// A new pseudo-terminal of the container's own devpts, of this size; its master comes back in [`Started`].
+    /// A new pseudo-terminal of the container's own devpts, of this size, or of the process's `consoleSize` where both
+    /// are 0; its master comes back in [`Started`].
     Terminal { rows: u16, columns: u16 },
 }
 
@@ -236,6 +237,7 @@ fn create_in(
         .map(|hook| hook.timeout().unwrap_or(0))
         .sum::<i64>();
     let deadline = SETUP_DEADLINE + Duration::from_secs(seconds.unsigned_abs());
+    let stdio = with_console_size(stdio, spec.process().as_ref());
     let born = run_stage(
         id,
         Task::Create(Box::new(spec.clone())),
@@ -244,6 +246,24 @@ fn create_in(
         deadline,
     )?;
     Ok((devices, born))
+}
+
+/// A terminal without a size gets the one of the process block.
+fn with_console_size(stdio: ChildStdio, process: Option<&Process>) -> ChildStdio {
+    let size = process.and_then(Process::console_size);
+    match (stdio, size) {
+        (
+            ChildStdio::Terminal {
+                rows: 0,
+                columns: 0,
+            },
+            Some(size),
+        ) => ChildStdio::Terminal {
+            rows: u16::try_from(size.height()).unwrap_or(u16::MAX),
+            columns: u16::try_from(size.width()).unwrap_or(u16::MAX),
+        },
+        (stdio, _) => stdio,
+    }
 }
 
 fn install_device_rules(
@@ -383,6 +403,7 @@ impl Container {
         };
         let fds = [(FdName::Cgroup, cgroup), (FdName::Init, self.pidfd.as_fd())];
         let task = Task::Exec(Box::new(task));
+        let stdio = with_console_size(stdio, Some(process));
         Ok(run_stage(&self.id, task, stdio, &fds, SETUP_DEADLINE)?.started)
     }
 

@@ -263,6 +263,16 @@ fn parse(i: usize, mount: &Mount) -> Result<(Kind, MountOptions), Failure> {
     Ok((kind, options))
 }
 
+/// Whether this very path is a bind mount.
+pub fn binds(mounts: &[Mount], path: &Path) -> bool {
+    let kind = |(i, mount)| parse(i, mount).map(|(kind, _)| kind);
+    mounts
+        .iter()
+        .enumerate()
+        .filter(|(_, mount)| mount.destination() == path)
+        .any(|entry| matches!(kind(entry), Ok(Kind::Bind(_))))
+}
+
 fn source(mount: &Mount) -> &Path {
     mount.source().as_deref().unwrap_or(Path::new(""))
 }

@@ -10,13 +10,10 @@ use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, Spec};
 use super::failure::{Failure, at};
 use super::wire::{FdName, Fds};
 
-/// libc has it as a 32-bit constant of clone3 only.
-pub const CLONE_NEWTIME: libc::c_int = libc::CLONE_NEWTIME;
-
 /// What kind of namespaces a container gets.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// `None` where the pod shares one: the stage has joined it, and the clone is born into it.
+    /// Not where the pod shares one: the stage has joined that, and the clone is born into it.
     pub own_pid: bool,
     /// Only where the container's host name is not the pod's.
     pub own_uts: bool,
@@ -66,7 +63,7 @@ impl Plan {
             | libc::CLONE_NEWNET
             | flag(self.user, libc::CLONE_NEWUSER)
             | flag(self.cgroup, libc::CLONE_NEWCGROUP)
-            | flag(self.time, CLONE_NEWTIME)
+            | flag(self.time, libc::CLONE_NEWTIME)
     }
 }
 
@@ -87,7 +84,7 @@ pub fn join_pod(fds: &Fds) -> Result<(), Failure> {
 
 /// Makes a time namespace, with its offsets, that the calling process's children are born into.
 pub fn unshare_time(linux: &Linux) -> Result<(), Failure> {
-    unshare(CloneFlags::from_bits_retain(CLONE_NEWTIME))
+    unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))
         .map_err(at("unshare the time namespace"))?;
     let lines: String = linux
         .time_offsets()

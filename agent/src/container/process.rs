@@ -433,7 +433,7 @@ fn close_on_exec() -> nix::Result<()> {
     Errno::result(result).map(|_| ())
 }
 
-/// The stage's argument that `execve` needs as well.
+/// What a stream that nobody asked for is connected to.
 pub fn null_device() -> nix::Result<OwnedFd> {
     let path: &CStr = c"/dev/null";
     nix::fcntl::open(path, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())

@@ -102,10 +102,8 @@ pub fn furnish(
 ) -> Result<Option<console::Terminal>, Failure> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     mounts::mount_all(root, mounts, &prepared.trees)?;
-    // A /dev of the guest's is complete, and not the container's to change.
-    if !mounts.iter().any(|m| {
-        m.destination() == Path::new("/dev") && m.source().as_deref().is_some_and(Path::is_absolute)
-    }) {
+    // A /dev that is bound here is complete, and not this container's to change.
+    if !mounts::binds(mounts, Path::new("/dev")) {
         devices::make(root, &prepared.devices, &prepared.borrowed)?;
         devices::make_symlinks(root)?;
     }

@@ -78,16 +78,16 @@ fn streams(stdio: Stdio, fds: &mut Fds) -> Result<Source, Failure> {
     if let Stdio::Terminal { rows, columns } = stdio {
         return Ok(Source::Terminal(rows, columns));
     }
-    let mut take = |name| fds.remove(&name).map_or_else(null_device, Ok);
+    let mut take = |name| {
+        let given = fds.remove(&name).map_or_else(null_device, Ok);
+        given.map_err(at("open /dev/null"))
+    };
     let streams = [
-        take(FdName::Stdin),
-        take(FdName::Stdout),
-        take(FdName::Stderr),
+        take(FdName::Stdin)?,
+        take(FdName::Stdout)?,
+        take(FdName::Stderr)?,
     ];
-    let [stdin, stdout, stderr] = streams;
-    let all = [stdin, stdout, stderr].map(|fd| fd.map_err(at("open /dev/null")));
-    let [stdin, stdout, stderr] = all;
-    Ok(Source::Streams(Streams::Fds([stdin?, stdout?, stderr?])))
+    Ok(Source::Streams(Streams::Fds(streams)))
 }
 
 fn create(

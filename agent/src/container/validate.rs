@@ -6,16 +6,17 @@ use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{
-    Linux, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
+    Linux, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::mounts::{Kind, Source};
+use super::mounts::Source;
 use super::{Error, SharedNamespaces, affinity, capabilities, options, process};
 
 mod limits;
+mod mounts;
 
 pub use limits::resources;
 
@@ -110,7 +111,7 @@ pub fn spec(id: &str, spec: &Spec, pod: &SharedNamespaces) -> Result {
         return refuse("root.path", reason);
     }
     for (i, entry) in spec.mounts().iter().flatten().enumerate() {
-        mount(id, i, entry)?;
+        mounts::mount(id, i, entry)?;
     }
     let Some(block) = spec.process() else {
         return refuse("process", "is missing");
@@ -150,70 +151,6 @@ fn path(field: impl Into<String>, path: &Path) -> Result {
     Ok(())
 }
 
-/// Files below /proc over which engines mount an emulation (LXCFS); anything else there could fake the kernel.
-const PROC_FILES: [&str; 9] = [
-    "/proc/cpuinfo",
-    "/proc/diskstats",
-    "/proc/loadavg",
-    "/proc/meminfo",
-    "/proc/slabinfo",
-    "/proc/stat",
-    "/proc/swaps",
-    "/proc/uptime",
-    "/proc/net/dev",
-];
-
-fn mount(id: &str, i: usize, mount: &Mount) -> Result {
-    let field = |name: &str| format!("mounts[{i}].{name}");
-    let destination = mount.destination();
-    path(field("destination"), destination)?;
-    let mapped = [
-        (
-            &*field("uidMappings"),
-            mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
-        ),
-        (
-            &*field("gidMappings"),
-            mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty()),
-        ),
-    ];
-    refuse_present(&mapped, "ID-mapped mounts are not supported")?;
-    let options = mount.options().as_deref().unwrap_or_default();
-    if options.iter().any(|option| option.contains('\0')) {
-        return refuse(field("options"), "has a NUL in it");
-    }
-    let options = options::parse(options)
-        .or_else(|option| refuse(field("options"), format!("{option:?} is not supported")))?;
-    let Some(kind) = Kind::of(mount, &options) else {
-        let name = mount.typ().as_deref().unwrap_or_default();
-        return refuse(field("type"), format!("{name:?} is not supported"));
-    };
-    if destination == Path::new("/") {
-        return refuse(field("destination"), "is the root, which root.path is for");
-    }
-    let over_proc = destination == Path::new("/proc") && kind != Kind::Proc;
-    let below_proc = destination.starts_with("/proc") && destination != Path::new("/proc");
-    let allowed = PROC_FILES.iter().any(|file| destination == Path::new(file));
-    if over_proc || (below_proc && !allowed) {
-        let reason = format!("{} would hide a part of /proc", destination.display());
-        return refuse(field("destination"), reason);
-    }
-    if options.copy_up && kind != Kind::Tmpfs {
-        return refuse(field("options"), "tmpcopyup is for tmpfs");
-    }
-    if let Kind::Bind(_) = kind {
-        let Some(source) = mount.source() else {
-            return refuse(field("source"), "is missing for a bind mount");
-        };
-        path(field("source"), source)?;
-        if Source::of(id, source).is_none() {
-            let reason = format!("{} is not in this container's share", source.display());
-            return refuse(field("source"), reason);
-        }
-    }
-    Ok(())
-}
-
 /// Checks the process block of a container or of a further process; `prefix` is "process." or "".
 pub fn process(process: &Process, prefix: &str) -> Result {
     let field = |name: &str| format!("{prefix}{name}");
@@ -235,6 +172,34 @@ pub fn process(process: &Process, prefix: &str) -> Result {
         (&*field("selinuxLabel"), labelled(process.selinux_label())),
     ];
     refuse_present(&unsupported, "is not supported in the guest")?;
+    program(process, prefix)?;
+    if process
+        .oom_score_adj()
+        .is_some_and(|score| !(-1000..=1000).contains(&score))
+    {
+        return refuse(field("oomScoreAdj"), "is not between -1000 and 1000");
+    }
+    rlimits(process, prefix)?;
+    if let Some(set) = process.capabilities() {
+        capabilities::parse(set)
+            .or_else(|(name, reason)| refuse(field(&format!("capabilities.{name}")), reason))?;
+    }
+    if let Some(affinity) = process.exec_cpu_affinity() {
+        for (name, list) in [
+            ("initial", affinity.initial()),
+            ("final", affinity.cpu_affinity_final()),
+        ] {
+            if let Some(list) = list {
+                affinity::parse(list)
+                    .or_else(|reason| refuse(field(&format!("execCPUAffinity.{name}")), reason))?;
+            }
+        }
+    }
+    process::check_scheduling(process).or_else(|(name, reason)| refuse(field(name), reason))
+}
+
+fn program(process: &Process, prefix: &str) -> Result {
+    let field = |name: &str| format!("{prefix}{name}");
     let args = process.args().as_deref().unwrap_or_default();
     if args.first().is_none_or(String::is_empty) {
         return refuse(field("args"), "names no program");
@@ -258,12 +223,11 @@ pub fn process(process: &Process, prefix: &str) -> Result {
     {
         return refuse(field("consoleSize"), "is larger than 65535");
     }
-    if process
-        .oom_score_adj()
-        .is_some_and(|score| !(-1000..=1000).contains(&score))
-    {
-        return refuse(field("oomScoreAdj"), "is not between -1000 and 1000");
-    }
+    Ok(())
+}
+
+fn rlimits(process: &Process, prefix: &str) -> Result {
+    let field = |name: &str| format!("{prefix}{name}");
     let mut seen = HashSet::new();
     for (i, limit) in process.rlimits().iter().flatten().enumerate() {
         if limit.soft() > limit.hard() {
@@ -277,22 +241,7 @@ pub fn process(process: &Process, prefix: &str) -> Result {
             return refuse(field(&format!("rlimits[{i}].type")), reason);
         }
     }
-    if let Some(set) = process.capabilities() {
-        capabilities::parse(set)
-            .or_else(|(name, reason)| refuse(field(&format!("capabilities.{name}")), reason))?;
-    }
-    if let Some(affinity) = process.exec_cpu_affinity() {
-        for (name, list) in [
-            ("initial", affinity.initial()),
-            ("final", affinity.cpu_affinity_final()),
-        ] {
-            if let Some(list) = list {
-                affinity::parse(list)
-                    .or_else(|reason| refuse(field(&format!("execCPUAffinity.{name}")), reason))?;
-            }
-        }
-    }
-    process::check_scheduling(process).or_else(|(name, reason)| refuse(field(name), reason))
+    Ok(())
 }
 
 #[allow(
@@ -372,6 +321,17 @@ fn linux(id: &str, linux: &Linux, pod: &SharedNamespaces) -> Result {
             );
         }
     }
+    paths_and_devices(linux)?;
+    if let Some(filter) = linux.seccomp() {
+        seccomp(filter)?;
+    }
+    match linux.resources() {
+        Some(limits) => resources(limits, "linux.resources."),
+        None => Ok(()),
+    }
+}
+
+fn paths_and_devices(linux: &Linux) -> Result {
     let masked = linux
         .masked_paths()
         .iter()
@@ -390,13 +350,7 @@ fn linux(id: &str, linux: &Linux, pod: &SharedNamespaces) -> Result {
         super::devices::Device::of_spec(device)
             .or_else(|reason| refuse(format!("linux.devices[{i}]"), reason))?;
     }
-    if let Some(filter) = linux.seccomp() {
-        seccomp(filter)?;
-    }
-    match linux.resources() {
-        Some(limits) => resources(limits, "linux.resources."),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 fn namespaces(linux: &Linux, pod: &SharedNamespaces) -> Result {
@@ -479,11 +433,10 @@ fn is_namespaced_sysctl(key: &str) -> bool {
 }
 
 fn seccomp(filter: &LinuxSeccomp) -> Result {
-    let given = |text: bool| text;
     let notify = [
         (
             "linux.seccomp.listenerPath",
-            given(filter.listener_path().is_some()),
+            filter.listener_path().is_some(),
         ),
         (
             "linux.seccomp.listenerMetadata",

@@ -453,10 +453,11 @@ pub fn exec_terminal(guest: &Guest) -> anyhow::Result<()> {
     running.start()?;
     let mut block = process("tty; stty size; test -c /dev/console || echo no console");
     block["terminal"] = json!(true);
+    block["consoleSize"] = json!({"height": 10, "width": 20});
     let block = container::parse(block.to_string().as_bytes())?;
     let stdio = ChildStdio::Terminal {
-        rows: 10,
-        columns: 20,
+        rows: 0,
+        columns: 0,
     };
     let mut started = running.container.exec(&block, stdio)?;
     let pid = started.pid;
