@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::node::Files;
 use crate::node::output::EndMark;
+use crate::node::{Files, UnnamedFile};
 
 pub const QEMU: &str = "qemu-system-x86_64";
 
@@ -76,14 +76,15 @@ pub struct Machine {
     control: UnixStream,
     /// The guest's port `node.output`: gives what the command prints.
     output: UnixStream,
-    /// Holds QEMU's monitor socket and the console's log.
-    dir: tempfile::TempDir,
+    /// The log of the guest's serial console.
+    console: UnnamedFile,
 }
 
 impl Machine {
-    /// Starts a node and waits until it is ready for a command.
-    pub fn boot(files: &Files, disks: &Disks) -> Result<Self> {
-        let machine = Self::start(files, disks, &[])?;
+    /// Starts a node and waits until it is ready for a command. QEMU's monitor listens at `monitor`.
+    pub fn boot(files: &Files, disks: &Disks, monitor: &Path) -> Result<Self> {
+        let monitor = format!("unix:{},server=on,wait=off", monitor.display());
+        let machine = Self::start(files, disks, &["-qmp", &monitor])?;
         machine.output.set_read_timeout(Some(BOOT_DEADLINE))?;
         let mut line = String::new();
         let read = BufReader::new(&machine.output).read_line(&mut line);
@@ -110,16 +111,16 @@ impl Machine {
     }
 
     fn start(files: &Files, disks: &Disks, more: &[&str]) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("coffer-qemu-").tempdir()?;
+        let console = UnnamedFile::new(0)?;
         let (control, qemu_control) = UnixStream::pair()?;
         let (output, qemu_output) = UnixStream::pair()?;
         let mut qemu = Command::new(QEMU);
         qemu.args(MACHINE);
         for (name, path, read_only) in [
-            ("root", &files.root, true),
-            ("assets", &files.assets, true),
-            ("share", &disks.share, true),
-            ("scratch", &disks.scratch, false),
+            ("root", files.root.as_path(), true),
+            ("assets", files.assets.as_path(), true),
+            ("share", disks.share.as_path(), true),
+            ("scratch", disks.scratch.as_path(), false),
         ] {
             let read_only = if read_only { "on" } else { "off" };
             let cache = "cache.no-flush=on";
@@ -136,11 +137,7 @@ impl Machine {
             .arg(&files.initrd);
         qemu.args(["-append", KERNEL_COMMAND_LINE]);
         qemu.arg("-serial")
-            .arg(format!("file:{}", dir.path().join("console").display()));
-        qemu.arg("-qmp").arg(format!(
-            "unix:{},server=on,wait=off",
-            dir.path().join("qmp").display()
-        ));
+            .arg(format!("file:{}", console.path().display()));
         qemu.args(more);
         qemu.stdin(OwnedFd::from(qemu_control))
             .stdout(OwnedFd::from(qemu_output));
@@ -151,13 +148,13 @@ impl Machine {
             qemu,
             control,
             output,
-            dir,
+            console,
         })
     }
 
     /// Writes the state of a ready node to a file and ends the node.
-    pub fn save(mut self, state: &Path) -> Result<()> {
-        let mut monitor = Monitor::connect(&self.dir.path().join("qmp"))?;
+    pub fn save(mut self, monitor: &Path, state: &Path) -> Result<()> {
+        let mut monitor = Monitor::connect(monitor)?;
         // The default bandwidth is meant for networks.
         monitor.execute("migrate-set-parameters", &json!({ "max-bandwidth": 0 }))?;
         monitor.execute(
@@ -216,7 +213,7 @@ impl Machine {
     }
 
     fn console(&self) -> String {
-        let text = fs::read(self.dir.path().join("console")).unwrap_or_default();
+        let text = fs::read(self.console.path()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")

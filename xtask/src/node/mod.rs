@@ -20,6 +20,7 @@ mod root;
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -79,12 +80,14 @@ impl Node {
         };
         let what = "boot the test node and save its state (about 30 s)";
         let entry = project.cache.get("node-state", &key, what, |dir| {
-            let blank = tempfile::tempdir()?;
+            let (share, scratch) = (UnnamedFile::new(SHARE_BYTES)?, scratch()?);
             let disks = Disks {
-                share: blank_disk(blank.path(), "share", SHARE_BYTES)?,
-                scratch: scratch(blank.path())?,
+                share: share.path(),
+                scratch: scratch.path(),
             };
-            Machine::boot(&files, &disks)?.save(&dir.join("state"))
+            let sockets = tempfile::tempdir()?;
+            let monitor = sockets.path().join("qmp");
+            Machine::boot(&files, &disks, &monitor)?.save(&monitor, &dir.join("state"))
         })?;
         Ok(Self {
             files,
@@ -100,20 +103,30 @@ impl Node {
         environment: &[(OsString, OsString)],
     ) -> Result<u8> {
         ensure!(!command.is_empty(), "no command for the node");
-        // On disk, not in a tmpfs: a test may write gigabytes.
-        let dir = tempfile::Builder::new()
-            .prefix("coffer-node-")
-            .tempdir_in("/var/tmp")
-            .context("make a directory")?;
-        let share = match share {
-            Some(image) => image.to_path_buf(),
-            None => blank_disk(dir.path(), "share", SHARE_BYTES)?,
-        };
+        let (blank, scratch) = (UnnamedFile::new(SHARE_BYTES)?, scratch()?);
         let disks = Disks {
-            share,
-            scratch: scratch(dir.path())?,
+            share: share.map_or_else(|| blank.path(), Path::to_path_buf),
+            scratch: scratch.path(),
         };
         Machine::restore(&self.files, &disks, &self.state)?.run(&script(command, environment))
+    }
+}
+
+/// A file that goes when this process does, however it ends.
+#[derive(Debug)]
+struct UnnamedFile(fs::File);
+
+impl UnnamedFile {
+    /// A sparse file of that size; on disk, not in a tmpfs, as a test may write gigabytes.
+    fn new(size: u64) -> Result<Self> {
+        let file = tempfile::tempfile_in("/var/tmp").context("make a file in /var/tmp")?;
+        file.set_len(size)?;
+        Ok(Self(file))
+    }
+
+    /// A name for programs that we start, while we live.
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 }
 
@@ -160,15 +173,9 @@ fn assets_disk(project: &Project) -> Result<PathBuf> {
     Ok(entry.join("assets.erofs"))
 }
 
-fn blank_disk(dir: &Path, name: &str, size: u64) -> Result<PathBuf> {
-    let path = dir.join(name);
-    fs::File::create(&path)?.set_len(size)?;
-    Ok(path)
-}
-
 /// An empty file system; without a journal, as its machine never boots again.
-fn scratch(dir: &Path) -> Result<PathBuf> {
-    let path = blank_disk(dir, "scratch", SCRATCH_BYTES)?;
+fn scratch() -> Result<UnnamedFile> {
+    let disk = UnnamedFile::new(SCRATCH_BYTES)?;
     let options = [
         "-q",
         "-F",
@@ -177,8 +184,8 @@ fn scratch(dir: &Path) -> Result<PathBuf> {
         "-E",
         "lazy_itable_init=1,nodiscard",
     ];
-    process::run(Command::new("mkfs.ext4").args(options).arg(&path))?;
-    Ok(path)
+    process::run(Command::new("mkfs.ext4").args(options).arg(disk.path()))?;
+    Ok(disk)
 }
 
 /// A cache entry's path names all of its inputs.
