@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -145,6 +145,8 @@ impl Drop for Directory {
 struct Shared {
     input_ended: Notify,
     output_closed: Notify,
+    /// The caller closed its end of stdout or stderr.
+    closed: AtomicBool,
     /// Bytes read so far.
     progress: AtomicU64,
     /// Threads that wait for the caller to take bytes.
@@ -169,9 +171,10 @@ impl Copying {
         self.shared.output_closed.notified().await;
     }
 
-    /// Waits until everything the process wrote was written out.
+    /// Waits until everything the process wrote was written out. Nobody takes the rest of an output that the caller
+    /// closed; whoever still writes to it ends with the process's streams.
     pub(super) async fn drained(&mut self) {
-        loop {
+        while !self.shared.closed.load(Ordering::Relaxed) {
             let before = self.shared.progress.load(Ordering::Relaxed);
             let done = tokio::time::timeout(SILENCE, self.open.wait_for(|open| *open == 0)).await;
             let silent = self.shared.progress.load(Ordering::Relaxed) == before
@@ -219,6 +222,7 @@ fn copy_output(mut fifo: File, mut output: impl Write, shared: &Shared) {
         shared.writing.fetch_sub(1, Ordering::Relaxed);
         if written.is_err() {
             closed = true;
+            shared.closed.store(true, Ordering::Relaxed);
             shared.output_closed.notify_one();
         }
     }
@@ -288,5 +292,6 @@ mod tests {
         drop(writer);
         copying.join().unwrap();
         assert_eq!(shared.progress.load(Ordering::Relaxed), 1 << 20);
+        assert!(shared.closed.load(Ordering::Relaxed));
     }
 }
