@@ -8,7 +8,7 @@ use crate::project::Project;
 use crate::{assets, build, setup};
 
 /// What the container prints: the guest's kernel, its own host name, and itself as process 1.
-const SCRIPT: &str = r#"echo "kernel    $(uname -r)"; echo "hostname  $(hostname)"; echo "processes"; ps -o pid,args"#;
+const SCRIPT: &str = r#"echo "kernel    $(uname -r)"; echo "hostname  $(hostname)"; echo "processes"; ps -o pid,comm"#;
 /// The container's exit code, to show that it arrives.
 const EXIT_CODE: u8 = 42;
 
