@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 #[test]
 fn a_memory_limit_that_is_hit_is_reported_with_the_container() {
     let test = Test::new("oom");
-    let mut bundle = Bundle::new(&test, "tail -c 200m /dev/zero; echo survived $?");
+    let mut bundle = Bundle::new(&test, "tail -c 100m /dev/zero; echo survived $?");
     bundle.config["linux"]["resources"]["memory"] = json!({"limit": 32 << 20});
     let done = bundle.run(&test);
     assert!(!done.text().contains("survived 0"), "{}", done.text());

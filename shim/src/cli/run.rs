@@ -256,26 +256,15 @@ impl Run<'_> {
         }
     }
 
-    /// Everything goes, whatever happened; what the state knows of the end is told first.
+    /// Everything goes, whatever happened; what is known of the end is told first.
     async fn end(&self, supervisor: Supervisor, result: Result<u8, Error>) -> Result<u8, Error> {
-        let state = State::load(&self.sandbox.root, &self.sandbox.id)
-            .ok()
-            .flatten();
-        let exit = state
-            .as_ref()
-            .and_then(|state| state.containers.values().next()?.exit.clone());
-        if let Some(exit) = exit.filter(|_| result.is_ok()) {
-            if exit.oom_killed {
-                eprintln!(
-                    "coffer: container {}: out of memory, the kernel killed a process",
-                    self.sandbox.id
-                );
-            }
-            if let Some(reason) = exit.reason {
-                eprintln!("coffer: container {}: {reason}", self.sandbox.id);
-            }
+        let task = Task::connect(&self.sandbox.root, &self.sandbox.id)
+            .await
+            .ok();
+        if result.is_ok() {
+            self.tell_end(task.as_ref()).await;
         }
-        if let Ok(task) = Task::connect(&self.sandbox.root, &self.sandbox.id).await {
+        if let Some(task) = task {
             let process = self.process();
             if result.is_err() {
                 let _ = task
@@ -291,6 +280,24 @@ impl Run<'_> {
         let status = result?;
         removed?;
         Ok(status)
+    }
+
+    /// What the exit status does not say: the VM died, or the kernel killed for want of memory, maybe not init.
+    async fn tell_end(&self, task: Option<&Task>) {
+        let id = &self.sandbox.id;
+        let state = State::load(&self.sandbox.root, id).ok().flatten();
+        let exit = state.and_then(|state| state.containers.into_values().next()?.exit);
+        let mut out_of_memory = exit.as_ref().is_some_and(|exit| exit.oom_killed);
+        if let (Some(task), true) = (task, self.prepared.memory_limit.is_some()) {
+            let stats = task.stats(id.as_str()).await;
+            out_of_memory |= stats.is_ok_and(|stats| stats.memory_events.oom_kill > 0);
+        }
+        if out_of_memory {
+            eprintln!("coffer: container {id}: out of memory, the kernel killed a process");
+        }
+        if let Some(reason) = exit.and_then(|exit| exit.reason) {
+            eprintln!("coffer: container {id}: {reason}");
+        }
     }
 }
 
