@@ -120,7 +120,7 @@ fn the_agent_dies() {
     sandbox.exec(&[
         "sh",
         "-c",
-        "echo 2 > /proc/sys/vm/panic_on_oom && tail -c 200m /dev/zero",
+        "echo 2 > /proc/sys/vm/panic_on_oom && tail -c 100m /dev/zero",
     ]);
     reported_dead(&sandbox, since);
 }

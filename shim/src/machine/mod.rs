@@ -37,6 +37,8 @@ const VMM_EXIT: Duration = Duration::from_secs(2);
 const BETTER_REASON: Duration = Duration::from_secs(1);
 /// The least time between two events of the guest that are looked at.
 const EVENT_INTERVAL: Duration = Duration::from_millis(50);
+/// Lines from the end of the console among which a panic is looked for; an oops with its stack has fewer.
+const PANIC_LINES: usize = 100;
 /// Lines of the guest's console that an error quotes.
 const CONSOLE_LINES: usize = 12;
 
@@ -257,10 +259,12 @@ impl Machine {
         Notice::Gone(cause.map_or(effect, |reason| self.explain(reason)))
     }
 
-    /// A guest that ends by itself says why on its console, if anywhere.
+    /// A guest that ends by itself says why on its console, if anywhere: in the line of a panic, or else in the last.
     fn explain(&self, reason: String) -> String {
-        match console_tail(&self.console, 1).pop() {
-            Some(line) => format!("{reason}; last line of its console: {line}"),
+        let mut lines = console_tail(&self.console, PANIC_LINES);
+        let panic = lines.iter().rposition(|line| line.contains("Kernel panic"));
+        match panic.map(|i| lines.swap_remove(i)).or_else(|| lines.pop()) {
+            Some(line) => format!("{reason}; its console says: {line}"),
             None => reason,
         }
     }
