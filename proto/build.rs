@@ -11,8 +11,12 @@ fn main() {
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()
         .expect("agent.proto compiles");
-    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n").expect("OUT_DIR is writable");
+    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")
+        .expect("OUT_DIR is writable");
 }

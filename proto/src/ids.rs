@@ -18,14 +18,23 @@ pub struct InvalidId {
 }
 
 fn check(kind: &'static str, value: &str) -> Result<(), InvalidId> {
-    let fail = |reason| Err(InvalidId { kind, value: value.chars().take(MAX_ID_LEN + 4).collect(), reason });
+    let fail = |reason| {
+        Err(InvalidId {
+            kind,
+            value: value.chars().take(MAX_ID_LEN + 4).collect(),
+            reason,
+        })
+    };
     if value.is_empty() {
         return fail("it is empty");
     }
     if value.len() > MAX_ID_LEN {
         return fail("it is longer than 76 characters");
     }
-    if !value.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
+    if !value
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    {
         return fail("only letters, digits, '_', '.' and '-' are allowed");
     }
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
@@ -117,14 +126,34 @@ mod tests {
 
     #[test]
     fn names_that_could_be_paths_are_refused() {
-        for bad in ["", ".", "..", "a/b", "/", "-a", "a-", "a b", "a\nb", "a\0", "é", &"a".repeat(77)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/",
+            "-a",
+            "a-",
+            "a b",
+            "a\nb",
+            "a\0",
+            "é",
+            &"a".repeat(77),
+        ] {
             assert!(SandboxId::new(bad).is_err(), "{bad:?} was taken");
         }
     }
 
     #[test]
     fn names_of_containerd_and_podman_are_taken() {
-        for good in ["a", "0", "web-1", "a.b_c-d", &"f".repeat(64), &"a".repeat(76)] {
+        for good in [
+            "a",
+            "0",
+            "web-1",
+            "a.b_c-d",
+            &"f".repeat(64),
+            &"a".repeat(76),
+        ] {
             assert_eq!(ContainerId::new(good).expect(good).as_str(), good);
         }
     }
@@ -132,6 +161,9 @@ mod tests {
     #[test]
     fn the_error_names_kind_and_value() {
         let error = ExecId::new("a/b").unwrap_err().to_string();
-        assert!(error.contains("exec id") && error.contains("a/b"), "{error}");
+        assert!(
+            error.contains("exec id") && error.contains("a/b"),
+            "{error}"
+        );
     }
 }

@@ -10,7 +10,12 @@ pub mod limits;
 pub mod stream;
 pub mod vmm;
 
-#[allow(missing_debug_implementations, unused_qualifications, clippy::all, clippy::pedantic)]
+#[allow(
+    missing_debug_implementations,
+    unused_qualifications,
+    clippy::all,
+    clippy::pedantic
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }

@@ -60,9 +60,16 @@ mod tests {
 
     #[test]
     fn a_hello_survives_the_wire() {
-        let hello = Hello { container_id: "c".into(), exec_id: String::new(), stream: Stream::Stderr };
+        let hello = Hello {
+            container_id: "c".into(),
+            exec_id: String::new(),
+            stream: Stream::Stderr,
+        };
         let wire = hello.encode();
-        assert_eq!(usize::from(u16::from_le_bytes([wire[0], wire[1]])), wire.len() - 2);
+        assert_eq!(
+            usize::from(u16::from_le_bytes([wire[0], wire[1]])),
+            wire.len() - 2
+        );
         assert_eq!(Hello::decode(&wire[2..]).unwrap(), hello);
     }
 }

@@ -56,7 +56,9 @@ pub enum Reply {
     Done,
     Metrics(Metrics),
     /// The whole chain of causes in one line. After a failed `Boot` the process ends.
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
 }
 
 /// What the hypervisor process tells unasked.
@@ -202,7 +204,11 @@ pub enum ControlError {
 }
 
 /// Sends one message with its files. Blocks where the socket does.
-pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, files: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+pub fn send<M: Serialize>(
+    socket: BorrowedFd<'_>,
+    message: &M,
+    files: &[BorrowedFd<'_>],
+) -> Result<(), ControlError> {
     let json = serde_json::to_vec(message).map_err(ControlError::Malformed)?;
     if json.len() > MAX_CONTROL_MESSAGE {
         return Err(ControlError::TooLong(json.len()));
@@ -213,7 +219,13 @@ pub fn send<M: Serialize>(socket: BorrowedFd<'_>, message: &M, files: &[Borrowed
     let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
-    match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&json)], control, MsgFlags::MSG_NOSIGNAL, None) {
+    match sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(&json)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    ) {
         Ok(_) => Ok(()),
         Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => Err(ControlError::Closed),
         Err(error) => Err(ControlError::Io(error.into())),
@@ -226,19 +238,27 @@ pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(M, Files)
     let mut space = nix::cmsg_space!([RawFd; MAX_CONTROL_FDS]);
     let (length, files, truncated) = {
         let mut parts = [IoSliceMut::new(&mut buffer)];
-        let message =
-            match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
-                Ok(message) => message,
-                Err(nix::Error::ECONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(ControlError::Io(error.into())),
-            };
+        let message = match recvmsg::<()>(
+            socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
+            Ok(message) => message,
+            Err(nix::Error::ECONNRESET) => return Err(ControlError::Closed),
+            Err(error) => return Err(ControlError::Io(error.into())),
+        };
         let mut files = Vec::new();
         for control in message.cmsgs().map_err(|_| ControlError::TooManyFiles)? {
             if let ControlMessageOwned::ScmRights(fds) = control {
                 files.extend(fds.into_iter().map(own));
             }
         }
-        (message.bytes, files, message.flags.contains(MsgFlags::MSG_TRUNC))
+        (
+            message.bytes,
+            files,
+            message.flags.contains(MsgFlags::MSG_TRUNC),
+        )
     };
     if length == 0 {
         return Err(ControlError::Closed);
@@ -263,7 +283,10 @@ pub struct Files(Vec<Option<OwnedFd>>);
 impl Files {
     /// Takes the file with this index.
     pub fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ControlError> {
-        self.0.get_mut(usize::from(index.0)).and_then(Option::take).ok_or(ControlError::NoSuchFile(index.0))
+        self.0
+            .get_mut(usize::from(index.0))
+            .and_then(Option::take)
+            .ok_or(ControlError::NoSuchFile(index.0))
     }
 }
 
@@ -286,7 +309,8 @@ pub mod console {
         file.read_exact_at(&mut all, 0)?;
         let (header, ring) = all.split_at(HEADER_BYTES);
         let written = u64::from_le_bytes(header.try_into().expect("eight bytes"));
-        let end = usize::try_from(written % CONSOLE_RING_BYTES as u64).expect("smaller than the ring");
+        let end =
+            usize::try_from(written % CONSOLE_RING_BYTES as u64).expect("smaller than the ring");
         if written <= CONSOLE_RING_BYTES as u64 && end == 0 && written == 0 {
             return Ok(Vec::new());
         }
@@ -305,7 +329,13 @@ mod tests {
     use std::os::fd::AsFd;
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+        socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -313,9 +343,19 @@ mod tests {
         let (a, b) = pair();
         let mut file = tempfile();
         file.write_all(b"tap").unwrap();
-        send(a.as_fd(), &Request::AttachTap { slot: 1, tap: FdIndex(0) }, &[file.as_fd()]).unwrap();
+        send(
+            a.as_fd(),
+            &Request::AttachTap {
+                slot: 1,
+                tap: FdIndex(0),
+            },
+            &[file.as_fd()],
+        )
+        .unwrap();
         let (request, mut files): (Request, _) = receive(b.as_fd()).unwrap();
-        let Request::AttachTap { slot: 1, tap } = request else { panic!("{request:?}") };
+        let Request::AttachTap { slot: 1, tap } = request else {
+            panic!("{request:?}")
+        };
         let mut got = std::fs::File::from(files.take(tap).unwrap());
         got.rewind().unwrap();
         let mut text = String::new();
@@ -328,16 +368,29 @@ mod tests {
     fn the_end_of_the_peer_is_told() {
         let (a, b) = pair();
         drop(a);
-        assert!(matches!(receive::<Request>(b.as_fd()), Err(ControlError::Closed)));
-        assert!(matches!(send(b.as_fd(), &Request::Stop, &[]), Err(ControlError::Closed)));
+        assert!(matches!(
+            receive::<Request>(b.as_fd()),
+            Err(ControlError::Closed)
+        ));
+        assert!(matches!(
+            send(b.as_fd(), &Request::Stop, &[]),
+            Err(ControlError::Closed)
+        ));
     }
 
     #[test]
     fn garbage_and_unknown_requests_are_refused() {
         let (a, b) = pair();
-        for bad in [&b"{"[..], b"\"fly\"", b"{\"attach_tap\":{\"slot\":300,\"tap\":0}}"] {
+        for bad in [
+            &b"{"[..],
+            b"\"fly\"",
+            b"{\"attach_tap\":{\"slot\":300,\"tap\":0}}",
+        ] {
             nix::unistd::write(&a, bad).unwrap();
-            assert!(matches!(receive::<Request>(b.as_fd()), Err(ControlError::Malformed(_))));
+            assert!(matches!(
+                receive::<Request>(b.as_fd()),
+                Err(ControlError::Malformed(_))
+            ));
         }
     }
 
@@ -351,13 +404,16 @@ mod tests {
         file.write_all_at(b"abc", 8).unwrap();
         file.write_all_at(&3u64.to_le_bytes(), 0).unwrap();
         assert_eq!(console::read(&file).unwrap(), b"abc");
-        file.write_all_at(&(RING as u64 + 1).to_le_bytes(), 0).unwrap();
+        file.write_all_at(&(RING as u64 + 1).to_le_bytes(), 0)
+            .unwrap();
         let all = console::read(&file).unwrap();
         assert_eq!((all.len(), all[0], all[RING - 1]), (RING, b'b', b'a'));
     }
 
     fn tempfile() -> std::fs::File {
         let name = std::ffi::CString::new("test").unwrap();
-        nix::sys::memfd::memfd_create(name.as_c_str(), nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap().into()
+        nix::sys::memfd::memfd_create(name.as_c_str(), nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+            .unwrap()
+            .into()
     }
 }

@@ -12,6 +12,7 @@ fn another(test: &Test, task: &Task, sandbox: &str, id: &str, script: &str) -> (
     bundle.config["annotations"] = json!({
         "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": sandbox,
     });
+    bundle.config["hostname"] = json!("pod");
     let out = test.dir().join(format!("{id}.out"));
     nix::unistd::mkfifo(&out, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let from = out.clone();
