@@ -191,7 +191,7 @@ async fn dispatch(config: &Config, command: Command, log: &'static LogFile) -> R
         }
         Command::State(target) => inspect::state(config, &target.id).await?,
         Command::Delete(options) => {
-            delete::delete(config, &options.target.id, options.force).await?
+            delete::delete(config, &options.target.id, options.force).await?;
         }
         Command::Stats(options) => inspect::stats(config, &options).await?,
         Command::Logs(options) => inspect::logs(config, &options)?,
@@ -353,7 +353,7 @@ impl Found {
         let reason = match &self.state.status {
             Status::Stopped { reason } => reason.clone(),
             _ if self.alive() => one_line(&error),
-            _ => "its supervisor died; coffer delete --force removes what is left".into(),
+            _ => "its supervisor died; coffer delete removes what is left".into(),
         };
         Error::Dead {
             id: self.id.clone(),

@@ -8,7 +8,13 @@ use std::time::Duration;
 /// When each step of the boot was done. `total` is the whole command so far.
 pub(super) fn table(phases: &[Phase], total: Duration, as_json: bool) -> String {
     if as_json {
-        return format!("{}\n", json!({"phases": phases, "total": total}));
+        let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let phase = |phase: &Phase| json!({"name": phase.name, "clock": phase.clock, "at_us": microseconds(phase.at)});
+        let phases: Vec<_> = phases.iter().map(phase).collect();
+        return format!(
+            "{}\n",
+            json!({"phases": phases, "total_us": microseconds(total)})
+        );
     }
     let mut text = String::new();
     for (clock, title) in [
@@ -81,6 +87,11 @@ mod tests {
             lines[4].contains("agent start") && lines[5].contains("2000.0 ms"),
             "{text}"
         );
-        assert!(table(&phases, Duration::ZERO, true).starts_with("{\"phases\":["));
+        let text = table(&phases, Duration::from_secs(2), true);
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (&json["phases"][0]["at_us"], &json["total_us"]),
+            (&json!(5000), &json!(2_000_000))
+        );
     }
 }
