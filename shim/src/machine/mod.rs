@@ -96,7 +96,7 @@ pub async fn boot(
         Ok(machine) => return Ok(machine),
         Err(cause) => cause,
     };
-    let evidence = evidence.collect().await;
+    let evidence = evidence.collect(&chain(&cause)).await;
     let owned = state.get();
     let released = tokio::task::spawn_blocking(move || cleanup::release(&owned)).await;
     if let Ok(Err(error)) = released {
@@ -169,9 +169,17 @@ async fn assemble(
     let plugged = interfaces.clone();
     let request = start_request(options, pod, interfaces)?;
     let guest = tokio::select! {
-        guest = agent.start_sandbox(&request, deadline) => guest.map_err(|error| no_agent(error, deadline))?,
+        guest = agent.start_sandbox(&request, deadline) => match guest {
+            Ok(guest) => guest,
+            Err(error) => return Err(no_agent(error, &vmm, deadline).await),
+        },
         reason = vmm.gone() => return Err(BootCause::Gone(reason)),
-        reason = fsd.ended() => return Err(BootCause::Gone(reason)),
+        ended = fsd.ended() => {
+            // Without a fault of its own it follows the VM, whose end is told a moment later.
+            let cause = timeout(BETTER_REASON, vmm.gone());
+            let cause = if fsd.left_in_order() { cause.await.ok() } else { None };
+            return Err(BootCause::Gone(cause.unwrap_or(ended)));
+        }
     };
     phases.guest(&vmm, guest)?;
 
@@ -227,9 +235,13 @@ fn start_request(
     })
 }
 
-fn no_agent(error: AgentError, deadline: Duration) -> BootCause {
+async fn no_agent(error: AgentError, vmm: &Vmm, deadline: Duration) -> BootCause {
     match error {
         AgentError::Deadline { .. } => BootCause::AgentSilent(deadline),
+        AgentError::Broken { .. } => match timeout(BETTER_REASON, vmm.gone()).await {
+            Ok(reason) => BootCause::Gone(reason),
+            Err(_) => BootCause::Agent(error),
+        },
         other => BootCause::Agent(other),
     }
 }
@@ -380,12 +392,13 @@ struct Evidence {
 }
 
 impl Evidence {
-    async fn collect(self) -> String {
+    /// What adds something to the cause.
+    async fn collect(self, cause: &str) -> String {
         let mut text = String::new();
         for child in [self.vmm, self.fsd].into_iter().flatten() {
             // The cause may be the end of this child, of which we hear a moment later.
             let _ = timeout(Duration::from_millis(100), child.ended()).await;
-            if let Some(ended) = child.has_ended() {
+            if let Some(ended) = child.has_ended().filter(|ended| !cause.contains(ended)) {
                 text.push_str(&format!("; {ended}"));
             }
             for line in child.last_words() {

@@ -183,6 +183,11 @@ impl Sandbox {
     /// The better reason for a failure that the VM's death caused, of which the sandbox hears a moment later.
     async fn explain(&self, error: Error) -> Error {
         use crate::io::StdioError::{Connect, Deadline};
+        if let Error::Boot(_) = error {
+            // A boot that was stopped on purpose fails somewhere.
+            let stopped = self.shared.status.borrow().end_reason().map(str::to_owned);
+            return stopped.map_or(error, Error::Stopped);
+        }
         if !matches!(
             error,
             Error::Agent(AgentError::Broken { .. })
