@@ -1,10 +1,20 @@
 use super::*;
+use crate::machine::child::ProcessId;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::ffi::OsStr;
 use std::path::Path;
 
-/// A process that lives until its fd 3 closes, and the far end of the control socket.
-fn start() -> (Vmm, OwnedFd) {
+/// Ends the process with the test.
+struct Reaped(ProcessId);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        self.0.kill(Duration::from_secs(5)).unwrap();
+    }
+}
+
+/// A process that only holds its end of the control socket, and that end once more for the test to speak.
+fn start() -> (Vmm, OwnedFd, Reaped) {
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -12,14 +22,10 @@ fn start() -> (Vmm, OwnedFd) {
         SockFlag::SOCK_CLOEXEC,
     )
     .unwrap();
-    let script = OsStr::new("read -r line <&3; exit 0");
-    let child = Child::spawn(
-        Path::new("/bin/sh"),
-        &[OsStr::new("-c"), script],
-        theirs.as_fd(),
-    )
-    .unwrap();
-    (Vmm::new(ours, child).unwrap(), theirs)
+    let args = [OsStr::new("600")];
+    let child = Child::spawn(Path::new("/bin/sleep"), &args, theirs.as_fd()).unwrap();
+    let reaped = Reaped(child.id);
+    (Vmm::new(ours, child).unwrap(), theirs, reaped)
 }
 
 /// Answers the next request on the far end.
@@ -35,7 +41,7 @@ async fn answer(far: OwnedFd, message: FromVmm) -> (Request, OwnedFd) {
 
 #[tokio::test]
 async fn requests_get_their_replies_and_events_are_kept() {
-    let (vmm, far) = start();
+    let (vmm, far, _reaped) = start();
     send(
         far.as_fd(),
         &FromVmm::Event(Event::Phase {
@@ -70,7 +76,7 @@ async fn requests_get_their_replies_and_events_are_kept() {
 
 #[tokio::test]
 async fn the_reason_of_the_end_reaches_everyone() {
-    let (vmm, far) = start();
+    let (vmm, far, _reaped) = start();
     let failed = Exit::Failed {
         message: "KVM_RUN failed".into(),
     };
@@ -85,15 +91,15 @@ async fn the_reason_of_the_end_reaches_everyone() {
 
 #[tokio::test]
 async fn a_killed_process_is_named_with_its_signal() {
-    let (vmm, far) = start();
+    let (vmm, far, _reaped) = start();
     drop(far);
     vmm.process.id.kill(Duration::from_secs(5)).unwrap();
-    assert_eq!(vmm.gone().await, "sh was killed by signal 9");
+    assert_eq!(vmm.gone().await, "sleep was killed by signal 9");
 }
 
 #[tokio::test]
 async fn a_reply_nobody_asked_for_ends_the_vm() {
-    let (vmm, far) = start();
+    let (vmm, far, _reaped) = start();
     send(far.as_fd(), &FromVmm::Reply(Reply::Done), &[]).unwrap();
     let reason = vmm.gone().await;
     assert!(reason.contains("nobody asked"), "{reason}");
@@ -102,7 +108,7 @@ async fn a_reply_nobody_asked_for_ends_the_vm() {
 
 #[tokio::test]
 async fn no_answer_meets_the_deadline() {
-    let (vmm, _far) = start();
+    let (vmm, _far, _reaped) = start();
     let answer = vmm
         .call(Request::Metrics, Vec::new(), Duration::from_millis(20))
         .await;
