@@ -80,9 +80,12 @@ async fn exit_codes_that_no_process_has_are_refused() {
     }
 }
 
+/// From the stream id of a request to the bytes that answer it.
+type Reply = fn(u32) -> Vec<u8>;
+
 #[tokio::test]
 async fn frames_out_of_turn_end_the_connection() {
-    let cases: [(&str, fn(u32) -> Vec<u8>); 4] = [
+    let cases: [(&str, Reply); 4] = [
         ("a frame of", |stream| {
             [&u32::MAX.to_be_bytes()[..], &stream.to_be_bytes(), &[2, 0]].concat()
         }),

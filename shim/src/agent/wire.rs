@@ -174,7 +174,10 @@ mod tests {
             let (mut frames, mut seen) = (Frames::default(), Vec::new());
             for part in bytes.chunks(piece) {
                 frames
-                    .feed(part, |header| Ok(seen.push((header.length, header.stream))))
+                    .feed(part, |header| {
+                        seen.push((header.length, header.stream));
+                        Ok(())
+                    })
                     .unwrap();
             }
             assert_eq!(seen, [(5, 1), (0, 3), (70, 5)], "in pieces of {piece}");

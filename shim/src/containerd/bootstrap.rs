@@ -166,8 +166,8 @@ impl Input {
                 .iter()
                 .filter_map(|extension| extension.value.as_ref());
             let options = values
-                .cloned()
-                .find(|any| any.type_url.contains("runtimeoptions"));
+                .find(|any| any.type_url.contains("runtimeoptions"))
+                .cloned();
             let given = [ttrpc_address, &params.containerd_ttrpc_address];
             let events_address = given
                 .into_iter()

@@ -100,7 +100,7 @@ async fn a_late_reader_gets_everything_from_the_start() {
     let data = pattern(3 << 20);
     let sent = data.clone();
     let guest = rig.guest(ATTACHED, move |mut stream, _| {
-        stream.write_all(&sent).unwrap()
+        stream.write_all(&sent).unwrap();
     });
     let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
         .await

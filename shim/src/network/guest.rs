@@ -200,10 +200,10 @@ async fn neighbours(
             for attribute in &n.attributes {
                 match attribute {
                     NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => {
-                        neighbour.ip = ip.to_string()
+                        neighbour.ip = ip.to_string();
                     }
                     NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => {
-                        neighbour.ip = ip.to_string()
+                        neighbour.ip = ip.to_string();
                     }
                     NeighbourAttribute::LinkLayerAddress(mac) => {
                         neighbour.mac = mac

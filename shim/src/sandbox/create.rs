@@ -138,7 +138,7 @@ impl Sandbox {
         self.shared.machine.send_replace(Some(machine.clone()));
         let stopped = self.apply(move |pod| {
             pod.booted(pid);
-            Ok(*pod.state() != super::pod::SandboxState::Running)
+            Ok(*pod.state() != super::events::SandboxState::Running)
         });
         self.watch_machine(machine.clone());
         machine.watch_network();

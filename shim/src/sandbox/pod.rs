@@ -4,6 +4,7 @@
 //! transitions, which is the order containerd requires: create, start, exit, delete.
 
 use super::error::Error;
+use super::events::{Description, SandboxState, TaskEvent};
 use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use crate::io::ProcessIo;
 use coffer_proto::ids::{ContainerId, ExecId};
@@ -11,79 +12,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime};
 use tokio::sync::mpsc;
-
-/// Where the pod is in its life; the diagram is in [`super`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SandboxState {
-    /// The supervisor serves; nobody has asked for a container.
-    New,
-    /// The first container was asked for and the VM boots.
-    Creating,
-    /// The agent has answered.
-    Running,
-    /// The VM is ending or has died, and what it owned on the host is being freed.
-    Stopping { reason: String },
-    /// Nothing of the VM is left. Containers keep their exit status until they are deleted.
-    Stopped { reason: String },
-}
-
-impl SandboxState {
-    /// No verb that needs the guest works any more.
-    pub fn has_ended(&self) -> bool {
-        self.end_reason().is_some()
-    }
-
-    /// Why it ends or has ended.
-    pub fn end_reason(&self) -> Option<&str> {
-        match self {
-            Self::Stopping { reason } | Self::Stopped { reason } => Some(reason),
-            Self::New | Self::Creating | Self::Running => None,
-        }
-    }
-}
-
-/// What the outside is told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TaskEvent {
-    Create {
-        container: ContainerId,
-        bundle: PathBuf,
-        stdio: StdioPaths,
-        pid: u32,
-    },
-    Start {
-        container: ContainerId,
-        pid: u32,
-    },
-    ExecAdded {
-        container: ContainerId,
-        exec: ExecId,
-    },
-    ExecStarted {
-        container: ContainerId,
-        exec: ExecId,
-        pid: u32,
-    },
-    Oom {
-        container: ContainerId,
-    },
-    Paused {
-        container: ContainerId,
-    },
-    Resumed {
-        container: ContainerId,
-    },
-    Exit {
-        process: ProcessKey,
-        pid: u32,
-        exit: Exit,
-    },
-    Delete {
-        process: ProcessKey,
-        pid: u32,
-        exit: Exit,
-    },
-}
 
 /// Who makes the VM for a new container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,16 +42,6 @@ pub struct Pod {
     events: mpsc::UnboundedSender<TaskEvent>,
     /// Since when there is no container.
     idle_since: Option<Instant>,
-}
-
-/// What `State` answers.
-#[derive(Debug, Clone)]
-pub struct Description {
-    pub bundle: PathBuf,
-    pub pid: u32,
-    pub state: ProcessState,
-    pub stdio: StdioPaths,
-    pub exit: Option<Exit>,
 }
 
 impl Pod {

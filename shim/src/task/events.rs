@@ -2,7 +2,7 @@
 
 use super::timestamp;
 use crate::containerd::publisher::Publisher;
-use crate::sandbox::pod::TaskEvent;
+use crate::sandbox::events::TaskEvent;
 use containerd_shim_protos::events::task as events;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;

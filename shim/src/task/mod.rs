@@ -8,7 +8,7 @@ pub mod events;
 mod stats;
 
 use crate::sandbox::create::{NewContainer, NewExec};
-use crate::sandbox::pod::Description;
+use crate::sandbox::events::Description;
 use crate::sandbox::process::{ProcessKey, ProcessState, StdioPaths};
 use crate::sandbox::rootfs::RootfsMount;
 use crate::sandbox::{Error, Sandbox};
