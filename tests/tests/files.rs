@@ -1,10 +1,11 @@
 //! Root file systems and volumes through virtio-fs.
 
 use coffer_tests::bundle::Bundle;
-use coffer_tests::{Test, asset, finish, host, noise, sha256_of};
+use coffer_tests::{Background, Test, asset, finish, host, noise, sha256_of};
 use serde_json::json;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, symlink};
+use std::path::Path;
 
 /// A scratch directory to be mounted as a volume.
 fn volume(test: &Test) -> std::path::PathBuf {
@@ -81,7 +82,7 @@ fn a_read_only_volume_and_root_stay_as_they_are() {
 }
 
 #[test]
-fn large_sparse_and_many_files_are_equal_by_checksum() {
+fn large_and_sparse_files_are_equal_by_checksum() {
     let test = Test::new("bulk");
     let volume = volume(&test);
     let sparse = File::create(volume.join("sparse")).unwrap();
@@ -90,39 +91,59 @@ fn large_sparse_and_many_files_are_equal_by_checksum() {
         sparse.write_all_at(&noise(4096, seed), offset).unwrap();
     }
     fs::write(volume.join("large"), noise(64 << 20, 9)).unwrap();
-    for i in 0..10_000 {
-        let dir = volume.join("many").join((i / 1000).to_string());
-        fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join(i.to_string()), format!("file {i}")).unwrap();
-    }
     let bind = format!("{}:/tmp", volume.display());
     let sandbox = test.background(&["--volume", &bind, "--memory", "512m"], &["sleep", "600"]);
-    let both = |script: &str| {
-        let here = script.replace("/tmp", volume.to_str().unwrap());
-        assert_eq!(
-            sandbox.sh(script),
-            host("sh", &["-c", &here]).unwrap().trim_end(),
-            "{script}"
-        );
-    };
-    both("sha256sum < /tmp/large");
+    same_on_both_sides(&sandbox, &volume, "sha256sum < /tmp/large");
     // Reading 4 GiB of zeroes takes emulation minutes; the islands and pieces of what is between tell as much.
-    both(
-        "for o in 0 786432 1048575 500000; do dd if=/tmp/sparse bs=4096 skip=$o count=1 2>/dev/null; done | sha256sum; stat -c '%s %b' /tmp/sparse",
-    );
-    both("cd /tmp/many && find . -type f | sort | xargs cat | sha256sum; find . -type f | wc -l");
+    let islands = "for o in 0 786432 1048575 500000; do dd if=/tmp/sparse bs=4096 skip=$o count=1 2>/dev/null; done | sha256sum; stat -c '%s %b' /tmp/sparse";
+    same_on_both_sides(&sandbox, &volume, islands);
     // And the other way: written in the guest, read on the host.
-    sandbox.sh("cp /tmp/large /tmp/back; dd if=/dev/urandom of=/tmp/hole bs=4096 seek=1000000 count=1 2>/dev/null; cp -r /tmp/many/3 /tmp/three");
-    assert_eq!(
-        sha256_of(&volume.join("back")).unwrap(),
-        sha256_of(&volume.join("large")).unwrap()
-    );
+    sandbox.sh("cp /tmp/large /tmp/back; dd if=/dev/urandom of=/tmp/hole bs=4096 seek=1000000 count=1 2>/dev/null");
+    let sum = |name: &str| sha256_of(&volume.join(name)).unwrap();
+    assert_eq!(sum("back"), sum("large"));
     let hole = fs::metadata(volume.join("hole")).unwrap();
     assert!(
         hole.len() == 1_000_001 * 4096 && hole.blocks() * 512 < 1 << 20,
         "{hole:?}"
     );
-    assert_eq!(fs::read_dir(volume.join("three")).unwrap().count(), 1000);
+}
+
+/// Runs a script on /tmp in the guest and on the volume here, and wants the same output.
+fn same_on_both_sides(sandbox: &Background<'_>, volume: &Path, script: &str) {
+    let here = script.replace("/tmp", volume.to_str().unwrap());
+    assert_eq!(
+        sandbox.sh(script),
+        host("sh", &["-c", &here]).unwrap().trim_end(),
+        "{script}"
+    );
+}
+
+fn small_files(name: &str, count: usize) {
+    let test = Test::new(name);
+    let volume = volume(&test);
+    for i in 0..count {
+        let dir = volume.join("many").join((i / 100).to_string());
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join(i.to_string()), format!("file {i}")).unwrap();
+    }
+    let bind = format!("{}:/tmp", volume.display());
+    let sandbox = test.background(&["--volume", &bind, "--memory", "512m"], &["sleep", "600"]);
+    let sums =
+        "cd /tmp/many && find . -type f | sort | xargs cat | sha256sum; find . -type f | wc -l";
+    same_on_both_sides(&sandbox, &volume, sums);
+    sandbox.sh("cp -r /tmp/many/3 /tmp/three");
+    assert_eq!(fs::read_dir(volume.join("three")).unwrap().count(), 100);
+}
+
+#[test]
+fn a_thousand_small_files_are_equal_by_checksum() {
+    small_files("thousand", 1_000);
+}
+
+/// Every file is some round trips; in the emulated node they take minutes, so there this one runs with `--heavy` only.
+#[test]
+fn ten_thousand_small_files_are_equal_by_checksum() {
+    small_files("tenthousand", 10_000);
 }
 
 #[test]
