@@ -161,7 +161,7 @@ impl Input {
             && params.instance_id == args.id
             && params.namespace == args.namespace
         {
-            let values = params
+            let mut values = params
                 .extensions
                 .iter()
                 .filter_map(|extension| extension.value.as_ref());
