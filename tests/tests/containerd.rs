@@ -374,7 +374,7 @@ fn containers_of_a_pod_run_in_one_vm() {
         "pod",
         "sh",
         "-c",
-        "echo across | nc -w 2 127.0.0.1 7777",
+        "echo across | nc -w 60 127.0.0.1 7777",
     ];
     assert_eq!(containerd.ok(&over), "across");
     // The pod stays when its only app container is gone.

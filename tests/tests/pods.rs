@@ -50,7 +50,7 @@ fn containers_of_a_pod_share_net_and_ipc_but_not_pid() {
         &task,
         &sandbox.id,
         "third",
-        "echo loop | nc -w 2 127.0.0.1 7777",
+        "echo loop | nc -w 60 127.0.0.1 7777",
     );
     assert_eq!((status, text.as_str()), (0, "loop\n"));
 }
