@@ -49,12 +49,12 @@ pub enum SpecError {
 
 fn field<T>(
     field: impl Into<String>,
-    value: impl ToString,
+    value: impl Into<String>,
     reason: &'static str,
 ) -> Result<T, SpecError> {
     Err(SpecError::Field {
         field: field.into(),
-        value: value.to_string(),
+        value: value.into(),
         reason,
     })
 }
@@ -210,7 +210,7 @@ fn check(spec: &Spec) -> Result<(), SpecError> {
     if !process.cwd().is_absolute() {
         return field(
             "process.cwd",
-            process.cwd().display(),
+            process.cwd().display().to_string(),
             "is not an absolute path",
         );
     }
@@ -246,13 +246,21 @@ fn find_rootfs(spec: &Spec, dir: &Path) -> Result<PathBuf, SpecError> {
         source,
     })?;
     if meta.is_symlink() {
-        return field("root.path", path.display(), "is a symlink");
+        return field("root.path", path.display().to_string(), "is a symlink");
     }
     if !meta.is_dir() {
-        return field("root.path", path.display(), "is not a directory");
+        return field(
+            "root.path",
+            path.display().to_string(),
+            "is not a directory",
+        );
     }
     if path.canonicalize().is_ok_and(|p| p == Path::new("/")) {
-        return field("root.path", path.display(), "is the root of the host");
+        return field(
+            "root.path",
+            path.display().to_string(),
+            "is the root of the host",
+        );
     }
     Ok(path)
 }
@@ -267,7 +275,7 @@ fn take_bind(
     if !mount.destination().is_absolute() {
         return field(
             format!("mounts[{i}].destination"),
-            mount.destination().display(),
+            mount.destination().display().to_string(),
             "is not an absolute path",
         );
     }
@@ -299,7 +307,7 @@ fn take_bind(
     if !(meta.is_dir() || meta.is_file() || is_endpoint(&meta)) {
         return field(
             name,
-            source.display(),
+            source.display().to_string(),
             "is a device; devices of the host are not passed into the VM",
         );
     }
@@ -338,7 +346,7 @@ fn keep_in_guest(name: &str, source: &Path) -> Result<Option<Bind>, SpecError> {
         Ok(meta) if meta.is_dir() || meta.is_file() => Ok(None),
         Ok(_) => field(
             name,
-            source.display(),
+            source.display().to_string(),
             "is a device; devices of the host are not passed into the VM",
         ),
         Err(e) => Err(SpecError::Source {
@@ -402,7 +410,7 @@ fn take_host_hooks(spec: &mut Spec) -> Result<HostHooks, SpecError> {
         if let Some(i) = list.iter().position(|hook| !hook.path().is_absolute()) {
             return field(
                 format!("hooks.{kind}[{i}].path"),
-                list[i].path().display(),
+                list[i].path().display().to_string(),
                 "is not an absolute path",
             );
         }

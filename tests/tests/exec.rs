@@ -162,11 +162,10 @@ impl Terminal {
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
+        let fd = self.master.as_raw_fd();
         // SAFETY: TIOCSWINSZ reads one winsize.
-        assert_eq!(
-            unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) },
-            0
-        );
+        let result = unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &raw const size) };
+        assert_eq!(result, 0);
         kill(
             nix::unistd::Pid::from_raw(self.child.id().cast_signed()),
             Signal::SIGWINCH,

@@ -91,16 +91,16 @@ fn what_is_not_honoured_is_refused_by_name() {
     type Change = fn(&mut Value);
     let cases: [(&str, Change); 5] = [
         ("apparmorProfile", |c| {
-            c["process"]["apparmorProfile"] = json!("strict")
+            c["process"]["apparmorProfile"] = json!("strict");
         }),
         ("intelRdt", |c| {
-            c["linux"]["intelRdt"] = json!({"closID": "x"})
+            c["linux"]["intelRdt"] = json!({"closID": "x"});
         }),
         ("sysctl", |c| {
-            c["linux"]["sysctl"] = json!({"kernel.panic": "1"})
+            c["linux"]["sysctl"] = json!({"kernel.panic": "1"});
         }),
         ("CAP_FLY", |c| {
-            c["process"]["capabilities"]["bounding"] = json!(["CAP_FLY"])
+            c["process"]["capabilities"]["bounding"] = json!(["CAP_FLY"]);
         }),
         ("mounts[", |c| {
             let mount = json!({"destination": "/x", "type": "nfs", "source": "server:/"});
