@@ -352,7 +352,7 @@ fn containers_of_a_pod_run_in_one_vm() {
     containerd.run_detached(
         &member,
         "app",
-        &["sh", "-c", "nc -lk -p 7777 -e cat & sleep 600"],
+        &["sh", "-c", "nc -ll -p 7777 -e cat & sleep 600"],
     );
     let boot_id = |id: &str| {
         containerd.ok(&[

@@ -29,7 +29,7 @@ fn another(test: &Test, task: &Task, sandbox: &str, id: &str, script: &str) -> (
 #[test]
 fn containers_of_a_pod_share_net_and_ipc_but_not_pid() {
     let test = Test::new("pod");
-    let server = "nc -lk -p 7777 -e cat & sleep 600";
+    let server = "nc -ll -p 7777 -e cat & sleep 600";
     let sandbox = test.background(&["--hostname", "pod"], &["sh", "-c", server]);
     let task = Task::connect(&test.root(), &sandbox.id).unwrap();
     let namespaces = "for n in net ipc uts pid mnt; do readlink /proc/self/ns/$n; done";
