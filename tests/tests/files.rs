@@ -90,7 +90,7 @@ fn large_and_sparse_files_are_equal_by_checksum() {
     for (offset, seed) in [(0, 1), (3 << 30, 2), ((4 << 30) - 4096, 3)] {
         sparse.write_all_at(&noise(4096, seed), offset).unwrap();
     }
-    fs::write(volume.join("large"), noise(64 << 20, 9)).unwrap();
+    fs::write(volume.join("large"), noise(32 << 20, 9)).unwrap();
     let bind = format!("{}:/tmp", volume.display());
     let sandbox = test.background(&["--volume", &bind, "--memory", "512m"], &["sleep", "600"]);
     same_on_both_sides(&sandbox, &volume, "sha256sum < /tmp/large");
