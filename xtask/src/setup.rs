@@ -39,6 +39,12 @@ const PACKAGES: &[&str] = &[
     // what tests compare with and drive
     "runc",
     "containerd",
+    "podman",
+    "conmon",
+    "buildah",
+    "skopeo",
+    "netavark",
+    "aardvark-dns",
     "iproute2",
     "iptables",
     "socat",

@@ -13,21 +13,33 @@ use crate::project::Project;
 
 /// Changes when the code here or in `kernel` makes something else of the same input.
 const RECIPE: &str = "1";
-const PACKAGES: [&str; 13] = [
+const PACKAGES: &[&str] = &[
     "busybox-static",
-    "containerd",
     "e2fsprogs",
     "iproute2",
+    "iptables",
     "iputils-ping",
     "kmod",
     "nftables",
     "procps",
-    // For the benchmarks, which compare with it.
-    "qemu-system-x86",
-    "runc",
     "socat",
     "strace",
     "util-linux",
+    // Who calls Coffer.
+    "aardvark-dns",
+    "buildah",
+    "conmon",
+    "containerd",
+    "containernetworking-plugins",
+    "docker.io",
+    "docker-cli",
+    "netavark",
+    "podman",
+    "skopeo",
+    // What it is compared with.
+    "crun",
+    "qemu-system-x86",
+    "runc",
 ];
 const INIT: &[u8] = include_bytes!("init");
 const INITRAMFS_INIT: &[u8] = include_bytes!("initramfs-init");
@@ -51,7 +63,7 @@ pub fn get(project: &Project) -> Result<PathBuf> {
 
 fn make(dir: &Path) -> Result<()> {
     let root = dir.join("root");
-    debootstrap(&root, &PACKAGES)?;
+    debootstrap(&root, PACKAGES)?;
     let release = kernel::install(&root, &dir.join("vmlinuz"))?;
     fs::write(
         dir.join("initrd"),
