@@ -12,7 +12,8 @@ use crate::process;
 use crate::project::Project;
 use crate::step::step;
 
-/// Packages of the release itself.
+/// Packages in whatever version the release prefers. The kernel's source comes from its security updates where they
+/// have it, and from the backports else.
 const PACKAGES: &[&str] = &[
     // the workspace
     "build-essential",
@@ -20,6 +21,7 @@ const PACKAGES: &[&str] = &[
     "libseccomp-dev",
     "libcap-ng-dev",
     // the guest kernel
+    image::SOURCE_PACKAGE,
     "flex",
     "bison",
     "bc",
@@ -50,8 +52,8 @@ const PACKAGES: &[&str] = &[
     "socat",
     "strace",
 ];
-/// Packages that Debian 12 has in its backports only.
-const NEWER_PACKAGES: &[&str] = &[image::SOURCE_PACKAGE, "qemu-system-x86"];
+/// Packages that are too old in Debian 12, and come from its backports.
+const NEWER_PACKAGES: &[&str] = &["qemu-system-x86"];
 
 /// Emulated SVM, on which the test node's KVM runs, is wrong in older ones.
 const OLDEST_QEMU: u32 = 10;
@@ -89,7 +91,7 @@ fn install(packages: &[&str], arguments: &[String]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    step(&format!("install {}", packages.join(" ")), || {
+    step(&format!("install packages: {}", packages.join(" ")), || {
         process::run(
             apt_get()
                 .args(["install", "--yes", "--no-install-recommends"])

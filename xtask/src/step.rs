@@ -24,7 +24,7 @@ pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
                 let seconds = begin.elapsed().as_secs();
                 match terminal {
                     true => eprint!("\r    {seconds} s "),
-                    false => eprintln!("    {what}: still running after {seconds} s"),
+                    false => eprintln!("    still running after {seconds} s"),
                 }
             }
         });
