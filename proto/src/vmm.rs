@@ -24,6 +24,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 /// The inherited end of the control socket in the hypervisor process.
 pub const CONTROL_FD: RawFd = 3;
 
+/// Files that the kernel lets one message carry.
+const SCM_MAX_FD: usize = 253;
+
 /// Index into the files that came with the same message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -235,7 +238,8 @@ pub fn send<M: Serialize>(
 /// Takes one message and its files. Blocks where the socket does (`ControlError::Io` of kind `WouldBlock` where not).
 pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(M, Files), ControlError> {
     let mut buffer = vec![0; MAX_CONTROL_MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; MAX_CONTROL_FDS]);
+    // Room for all that can come: files that don't fit would be open in this process and known to nobody.
+    let mut space = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
     let (length, files, truncated) = {
         let mut parts = [IoSliceMut::new(&mut buffer)];
         let message = match recvmsg::<()>(
@@ -265,6 +269,9 @@ pub fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<(M, Files)
     }
     if truncated {
         return Err(ControlError::TooLong(length));
+    }
+    if files.len() > MAX_CONTROL_FDS {
+        return Err(ControlError::TooManyFiles);
     }
     let message = serde_json::from_slice(&buffer[..length]).map_err(ControlError::Malformed)?;
     Ok((message, Files(files.into_iter().map(Some).collect())))
@@ -391,6 +398,31 @@ mod tests {
                 receive::<Request>(b.as_fd()),
                 Err(ControlError::Malformed(_))
             ));
+        }
+    }
+
+    #[test]
+    fn files_beyond_the_limit_are_refused_and_closed() {
+        for count in [MAX_CONTROL_FDS + 1, SCM_MAX_FD] {
+            let (a, b) = pair();
+            let (mut reader, writer) = std::io::pipe().unwrap();
+            let message = serde_json::to_vec(&Request::Stop).unwrap();
+            let files = vec![writer.as_raw_fd(); count];
+            sendmsg::<()>(
+                a.as_raw_fd(),
+                &[IoSlice::new(&message)],
+                &[ControlMessage::ScmRights(&files)],
+                MsgFlags::empty(),
+                None,
+            )
+            .unwrap();
+            drop(writer);
+            assert!(matches!(
+                receive::<Request>(b.as_fd()),
+                Err(ControlError::TooManyFiles)
+            ));
+            // End of file: no copy of the writing end is left.
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0, "{count}");
         }
     }
 
