@@ -182,3 +182,60 @@ impl std::fmt::Debug for Bus {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, channel};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    fn bus() -> (Bus, Receiver<Notice>) {
+        let (sender, receiver) = channel();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let bus = Bus::new(Vec::new(), None, Notices::new(sender, wake));
+        (bus, receiver)
+    }
+
+    #[test]
+    fn accesses_that_nobody_answers_read_as_ones_are_counted_and_do_nothing() {
+        let (bus, notices) = bus();
+        let mut expected = 0;
+        for size in [0, 1, 2, 3, 4, 8, 4096] {
+            for port in [0, 0x40, SERIAL_PORT, 0xcf8, BOOT_TIMER_PORT - 1, u16::MAX] {
+                let mut data = vec![0; size];
+                bus.port_read(port, &mut data);
+                assert!(data.iter().all(|byte| *byte == 0xff));
+                bus.port_write(port, &data);
+                expected += 2;
+            }
+            for address in [0, VIRTIO_MMIO.0 - 1, VIRTIO_MMIO.0, 1 << 52, u64::MAX] {
+                let mut data = vec![0; size];
+                bus.mmio_read(address, &mut data);
+                assert!(data.iter().all(|byte| *byte == 0xff));
+                bus.mmio_write(address, &data);
+                expected += 2;
+            }
+        }
+        assert_eq!(bus.unanswered(), expected);
+        assert!(notices.try_recv().is_err());
+    }
+
+    #[test]
+    fn the_boot_timer_takes_four_bytes_and_the_reset_line_one_value() {
+        let (bus, notices) = bus();
+        for size in [0, 1, 2, 3, 5, 8] {
+            bus.port_write(BOOT_TIMER_PORT, &vec![1; size]);
+        }
+        for data in [&[0xff][..], &[0xfe, 0xfe], &[]] {
+            bus.port_write(I8042_COMMAND_PORT, data);
+        }
+        assert!(notices.try_recv().is_err());
+        bus.port_write(BOOT_TIMER_PORT, &7u32.to_le_bytes());
+        assert!(matches!(
+            notices.try_recv(),
+            Ok(Notice::Phase { phase: 7, .. })
+        ));
+        bus.port_write(I8042_COMMAND_PORT, &[I8042_PULSE_RESET]);
+        assert!(matches!(notices.try_recv(), Ok(Notice::Reset)));
+    }
+}

@@ -46,6 +46,46 @@ const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 /// `out 0x80, al; jmp $-2`: a port nobody answers, for ever.
 const KNOCK: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 
+/// `mov byte [address], value`
+fn store_byte(address: u32, value: u8) -> Vec<u8> {
+    [&[0xc6, 0x05][..], &address.to_le_bytes(), &[value]].concat()
+}
+
+/// `jmp` back over this code, behind it.
+fn again(code: &[u8]) -> Vec<u8> {
+    const JUMP: usize = 5;
+    let distance = -((code.len() + JUMP) as i32);
+    [code, &[0xe9], &distance.to_le_bytes()].concat()
+}
+
+/// The registers of a device of the machine, by its place in the order of their addresses.
+fn registers(device: u32) -> u32 {
+    0xc000_0000 + device * 0x1000
+}
+
+/// Brings a device up with queues of eight entries, which are empty.
+fn bring_up(device: u32, queues: u32) -> Vec<u8> {
+    let set = |register, value| store(registers(device) + register, value);
+    let mut code = [
+        set(0x70, 1),
+        set(0x70, 3),
+        set(0x24, 1),
+        set(0x20, 1),
+        set(0x70, 11),
+    ]
+    .concat();
+    for queue in 0..queues {
+        let rings = 0x80_0000 + device * 0x1_0000 + queue * 0x4000;
+        code.extend([set(0x30, queue), set(0x38, 8)].concat());
+        for (register, at) in [(0x80, 0), (0x90, 0x1000), (0xa0, 0x2000)] {
+            code.extend(set(register, rings + at));
+        }
+        code.extend(set(0x44, 1));
+    }
+    code.extend(set(0x70, 15));
+    code
+}
+
 fn program(parts: &[&[u8]]) -> Vec<u8> {
     elf(&parts.concat())
 }
@@ -171,6 +211,97 @@ fn a_paused_guest_does_nothing() {
         assert!(Instant::now() < deadline, "the guest did not go on");
     }
     assert!(vmm.metrics().devices["bus.unanswered"] > 0);
+}
+
+/// Console, rng, vsock and balloon, kicked without a pause: by the way that KVM takes, and by one that ends here.
+#[test]
+fn a_storm_of_kicks_leaves_the_control_socket_alive() {
+    const NOTIFY: u32 = 0x50;
+    let devices = [(0, 2), (1, 1), (2, 3), (3, 3)];
+    let up: Vec<u8> = devices
+        .map(|(device, queues)| bring_up(device, queues))
+        .concat();
+    let mut kicks = Vec::new();
+    for (device, queues) in devices {
+        for queue in 0..queues {
+            kicks.extend(store(registers(device) + NOTIFY, queue));
+            kicks.extend(store_byte(registers(device) + NOTIFY, queue as u8));
+        }
+    }
+    let mut vmm = Vmm::boot(&program(&[&up, &phase(1), &again(&kicks)]));
+    vmm.event();
+    let rejected = |vmm: &mut Vmm| vmm.metrics().devices["rng.rejected_writes"];
+    let (before, started) = (rejected(&mut vmm), Instant::now());
+    for _ in 0..100 {
+        let asked = Instant::now();
+        vmm.metrics();
+        assert!(asked.elapsed() < Duration::from_secs(1));
+    }
+    while rejected(&mut vmm) == before {
+        assert!(started.elapsed() < Duration::from_secs(10), "no storm");
+    }
+    vmm.ask(&Request::Pause);
+    vmm.ask(&Request::Stop);
+    assert_eq!(vmm.until_exit().1, Exit::Stopped);
+    assert_eq!(vmm.log(), "", "a storm is nothing to write down");
+}
+
+/// The guest breaks a queue, resets the device, and breaks it again, for ever.
+#[test]
+fn a_queue_that_is_broken_again_and_again_fills_no_log() {
+    const RNG: u32 = 1;
+    let available_index = 0x80_0000 + RNG * 0x1_0000 + 0x1002;
+    let round = [
+        bring_up(RNG, 1),
+        // `mov word [address], 0x7fff`
+        [
+            &[0x66, 0xc7, 0x05][..],
+            &available_index.to_le_bytes(),
+            &[0xff, 0x7f],
+        ]
+        .concat(),
+        store(registers(RNG) + 0x50, 0),
+        // Until DEVICE_NEEDS_RESET: `test dword [status], 64; jz $-10`
+        [
+            &[0xf7, 0x05][..],
+            &(registers(RNG) + 0x70).to_le_bytes(),
+            &[64, 0, 0, 0, 0x74, 0xf4],
+        ]
+        .concat(),
+        store(registers(RNG) + 0x70, 0),
+        out_eax(),
+    ]
+    .concat();
+    let mut vmm = Vmm::boot(&program(&[&again(&round)]));
+    // Each round writes the boot timer, which is told only so often.
+    for _ in 0..MAX_BOOT_PHASES {
+        vmm.event();
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while vmm.log().lines().count() < 16 {
+        assert!(Instant::now() < deadline, "{}", vmm.log());
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    vmm.ask(&Request::Stop);
+    assert_eq!(vmm.until_exit().1, Exit::Stopped);
+    let log = vmm.log();
+    assert_eq!(log.lines().count(), 16, "{log}");
+    assert!(
+        log.contains("rng: ") && log.contains("a ring of the queue can't be used"),
+        "{log}"
+    );
+}
+
+#[test]
+fn the_serial_port_is_there_for_debugging_only() {
+    // `mov edx, 0x3f8`, then `mov al, letter; out dx, al` twice.
+    let hello = [0xba, 0xf8, 0x03, 0, 0, 0xb0, b'h', 0xee, 0xb0, b'i', 0xee];
+    let kernel = program(&[&hello, &RESET, &SPIN]);
+    for (command_line, expected) in [("console=ttyS0", "hi"), ("quiet", "")] {
+        let mut vmm = Vmm::boot_with(&kernel, |config| config.cmdline = command_line.into());
+        assert_eq!(vmm.until_exit().1, Exit::Reset);
+        assert_eq!(vmm.console(), expected, "with {command_line}");
+    }
 }
 
 #[test]

@@ -1,15 +1,14 @@
 //! coffer-vmm's virtio-fs device with coffer-fsd behind it: the whole path of a file to the guest but the guest itself.
 //! Needs root.
 
+mod server;
+
 use coffer_hypervisor::virtio::fs::Fs;
 use coffer_hypervisor::virtio::{Activation, DeviceError, Interrupt, Memory, VirtioDevice};
 use guest_memory::{Bytes, FileOffset, GuestAddress};
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -53,29 +52,6 @@ impl Drop for Guest {
     }
 }
 
-/// Starts coffer-fsd on a directory, with our connection already waiting on its socket.
-fn serve(share: &std::path::Path) -> (Child, UnixStream) {
-    let scratch = tempfile::tempdir().unwrap();
-    let path = scratch.path().join("fs.sock");
-    let listener = UnixListener::bind(&path).unwrap();
-    let connection = UnixStream::connect(&path).unwrap();
-    let high = fcntl(&listener, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffer-fsd"));
-    command.arg("--share").arg(share).stdin(Stdio::null());
-    #[allow(unsafe_code)]
-    // SAFETY: dup2 is async-signal-safe.
-    unsafe {
-        command.pre_exec(move || {
-            nix::errno::Errno::result(libc::dup2(high, 3))
-                .map(drop)
-                .map_err(Into::into)
-        });
-    }
-    let child = command.spawn().unwrap();
-    nix::unistd::close(high).unwrap();
-    (child, connection)
-}
-
 fn wait(fd: RawFd) {
     #[allow(unsafe_code)]
     // SAFETY: the file is open while the guest, which owns it, is borrowed by the caller.
@@ -91,7 +67,7 @@ fn wait(fd: RawFd) {
 impl Guest {
     fn new() -> Self {
         let share = tempfile::tempdir().unwrap();
-        let (server, connection) = serve(share.path());
+        let (server, connection) = server::serve(share.path());
         let fs = Fs::new("coffer", connection.into()).unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(2 * REGION as u64).unwrap();

@@ -37,15 +37,9 @@ impl VirtioDevice for Console {
         VIRTIO_ID_CONSOLE
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
-
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
         self.active = Some(active);
@@ -53,35 +47,18 @@ impl VirtioDevice for Console {
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else {
+        let Some(active) = self.active.as_mut().filter(|_| queue == OUTPUT) else {
             return Ok(());
         };
-        let ring = &mut active.queues[OUTPUT];
-        if queue != OUTPUT || !virtio_queue::QueueT::ready(ring) {
-            return Ok(());
-        }
-        for taken in 0.. {
-            if taken == MAX_CHAINS_PER_EVENT {
-                // Full means pending, which is what it should be.
-                let _ = active.notify[OUTPUT].write(1);
-                break;
-            }
-            let Some(chain) = queue::pop(ring, &active.memory)? else {
-                if queue::rearm(ring, &active.memory)? {
-                    continue;
-                }
-                break;
-            };
+        queue::serve(active, OUTPUT, MAX_CHAINS_PER_EVENT, |chain, memory| {
             let length = chain.readable_len();
             let mut text = vec![0; length.min(MAX_BYTES)];
-            chain.read(&active.memory, 0, &mut text)?;
+            chain.read(memory, 0, &mut text)?;
             self.ring.push(&text);
             self.bytes += text.len() as u64;
             self.dropped += (length - text.len()) as u64;
-            queue::push(ring, &active.memory, chain.head, 0)?;
-        }
-        queue::notify(ring, &active.memory, &active.interrupt)?;
-        Ok(())
+            Ok(Some(0))
+        })
     }
 
     fn reset(&mut self) {
@@ -97,7 +74,8 @@ impl VirtioDevice for Console {
 mod tests {
     use super::*;
     use crate::ring::ConsoleRing;
-    use crate::virtio::fake_driver::{Buf, FakeDriver};
+    use crate::virtio::driver::Part::{In, Out};
+    use crate::virtio::driver::{Driver, attack};
     use coffer_proto::limits::CONSOLE_RING_BYTES;
     use coffer_proto::vmm::console::{FILE_BYTES, read};
     use std::sync::{Arc, Mutex};
@@ -111,35 +89,41 @@ mod tests {
 
     #[test]
     fn output_of_several_buffers_is_one_text() {
-        let (file, console) = console();
-        let mut driver = FakeDriver::new(console);
-        driver.fill(0x8000, b"hello ");
-        driver.fill(0x9000, b"world\n");
-        driver.offer(OUTPUT, &[Buf::Read(0x8000, 6), Buf::Read(0x9000, 6)]);
-        driver.kick(OUTPUT).unwrap();
+        let (file, mut console) = console();
+        let mut driver = Driver::new(&console);
+        driver.activate(&mut console, 0).unwrap();
+        driver.chain(OUTPUT, &[Out(b"hello "), Out(b"world\n")]);
+        console.queue_event(OUTPUT).unwrap();
         assert_eq!(read(&file).unwrap(), b"hello world\n");
         assert_eq!(driver.used(OUTPUT), [(0, 0)]);
     }
 
     #[test]
     fn a_flood_stays_in_the_ring_and_input_buffers_are_left_alone() {
-        let (file, console) = console();
-        let mut driver = FakeDriver::new(console);
-        driver.offer(0, &[Buf::Write(0x8000, 4096)]);
-        driver.kick(0).unwrap();
+        const FLOOD: u32 = 0x10_0000;
+        let (file, mut console) = console();
+        let mut driver = Driver::new(&console);
+        driver.activate(&mut console, 0).unwrap();
+        driver.chain(0, &[In(4096)]);
+        console.queue_event(0).unwrap();
         assert_eq!(driver.used(0), []);
+        driver.descriptor(OUTPUT, 0, (0x10_0000, FLOOD), 0, 0);
         for _ in 0..64 {
-            driver.offer(OUTPUT, &[Buf::Read(0x1_0000, 0x10_0000)]);
-            driver.kick(OUTPUT).unwrap();
+            driver.offer(OUTPUT, 0);
+            console.queue_event(OUTPUT).unwrap();
         }
         assert_eq!(read(&file).unwrap().len(), CONSOLE_RING_BYTES);
-        let counters = driver.counters();
         assert_eq!(
-            counters,
+            console.counters(),
             [
                 ("bytes", 64 * MAX_BYTES as u64),
-                ("dropped", 64 * (0x10_0000 - MAX_BYTES as u64))
+                ("dropped", 64 * (u64::from(FLOOD) - MAX_BYTES as u64))
             ]
         );
+    }
+
+    #[test]
+    fn a_broken_ring_stops_the_device() {
+        attack(OUTPUT, 0, || console().1);
     }
 }

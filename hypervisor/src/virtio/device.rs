@@ -22,13 +22,16 @@ pub trait VirtioDevice: Send {
     fn kind(&self) -> u32;
 
     /// Device feature bits. The transport adds VERSION_1, EVENT_IDX and INDIRECT_DESC.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// Most entries of each queue; the length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Reads configuration space at `offset`. Bytes beyond its end stay as they are (zero). Also runs on vCPU threads.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Reads configuration space at `offset` ([`copy_config`]). Bytes beyond its end stay as they are (zero). Also runs
+    /// on vCPU threads.
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     /// Writes configuration space. Also runs on vCPU threads, so it only stores; a device without writable fields
     /// ignores it.
@@ -95,6 +98,31 @@ impl Activation {
     pub fn negotiated(&self, bit: u32) -> bool {
         self.features & (1 << bit) != 0
     }
+}
+
+/// What a read of configuration space at `offset` gives, for a device whose whole space is `config`.
+pub(super) fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    let length = rest.len().min(data.len());
+    data[..length].copy_from_slice(&rest[..length]);
+}
+
+/// Runs `work` on a device and its activation, which is out of its `place` meanwhile. A device that is not active has
+/// nothing to do.
+pub(super) fn with_active<D>(
+    device: &mut D,
+    place: fn(&mut D) -> &mut Option<Activation>,
+    work: impl FnOnce(&mut D, &mut Activation) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let Some(mut active) = place(device).take() else {
+        return Ok(());
+    };
+    let done = work(device, &mut active);
+    *place(device) = Some(active);
+    done
 }
 
 /// `InterruptStatus` bit: the device used a buffer.

@@ -81,31 +81,38 @@ impl Driver {
         device: &mut impl VirtioDevice,
         features: u64,
     ) -> Result<(), DeviceError> {
-        let mut queues = Vec::new();
-        for (index, ring) in self.rings.iter_mut().enumerate() {
-            (ring.free, ring.avail, ring.seen) = (0, 0, 0);
-            let base = index as u64 * RINGS;
-            self.memory
-                .write_slice(&[0; RINGS as usize], GuestAddress(base))
-                .unwrap();
-            let mut queue = Queue::new(ring.size).unwrap();
-            queue.set_desc_table_address(Some(base as u32), None);
-            queue.set_avail_ring_address(Some((base + AVAIL) as u32), None);
-            queue.set_used_ring_address(Some((base + USED) as u32), None);
-            queue.set_ready(true);
-            queues.push(queue);
-        }
-        device.activate(Activation {
+        device.activate(self.activation(features))
+    }
+
+    /// What a device gets at DRIVER_OK.
+    pub(super) fn activation(&mut self, features: u64) -> Activation {
+        let queues = (0..self.rings.len())
+            .map(|queue| self.queue(queue))
+            .collect();
+        let kick = |kick: &EventFd| kick.try_clone().unwrap();
+        Activation {
             memory: self.memory.clone(),
             queues,
-            notify: self
-                .kicks
-                .iter()
-                .map(|kick| kick.try_clone().unwrap())
-                .collect(),
+            notify: self.kicks.iter().map(kick).collect(),
             interrupt: self.interrupt.clone(),
             features,
-        })
+        }
+    }
+
+    /// The device's side of a queue whose rings are empty again.
+    pub(super) fn queue(&mut self, index: usize) -> Queue {
+        let ring = &mut self.rings[index];
+        (ring.free, ring.avail, ring.seen) = (0, 0, 0);
+        let [descriptors, available, used] = ring_addresses(index);
+        self.memory
+            .write_slice(&[0; RINGS as usize], GuestAddress(descriptors.into()))
+            .unwrap();
+        let mut queue = Queue::new(ring.size).unwrap();
+        queue.set_desc_table_address(Some(descriptors), None);
+        queue.set_avail_ring_address(Some(available), None);
+        queue.set_used_ring_address(Some(used), None);
+        queue.set_ready(true);
+        queue
     }
 
     /// Writes a descriptor as it is.
@@ -231,11 +238,17 @@ impl Driver {
     }
 }
 
+/// Where descriptor table, available ring and used ring of a queue are.
+pub(super) fn ring_addresses(queue: usize) -> [u32; 3] {
+    let base = queue as u64 * RINGS;
+    [base, base + AVAIL, base + USED].map(|address| address as u32)
+}
+
 /// Prepares one queue.
 pub(super) type Attack = fn(&mut Driver, usize);
 
 /// Ways to break the rules of a queue, whatever the device. Each leaves something available.
-pub(super) const ATTACKS: [(&str, Attack); 12] = [
+pub(super) const ATTACKS: [(&str, Attack); 18] = [
     ("a chain that is a cycle", |driver, queue| {
         driver.descriptor(queue, 0, (BUFFERS, 16), NEXT, 1);
         driver.descriptor(queue, 1, (BUFFERS, 16), NEXT, 0);
@@ -245,11 +258,22 @@ pub(super) const ATTACKS: [(&str, Attack); 12] = [
         driver.descriptor(queue, 0, (BUFFERS, 16), NEXT, u16::MAX);
         driver.offer(queue, 0);
     }),
+    ("a next index that is the queue's size", |driver, queue| {
+        let size = driver.rings[queue].size;
+        driver.descriptor(queue, 0, (BUFFERS, 16), NEXT, size);
+        driver.offer(queue, 0);
+    }),
     ("a head out of range", |driver, queue| {
         driver.offer(queue, u16::MAX);
     }),
+    ("a head that is the queue's size", |driver, queue| {
+        driver.offer(queue, driver.rings[queue].size);
+    }),
     ("an available index too far ahead", |driver, queue| {
         driver.jump(queue, 0x8000);
+    }),
+    ("an available index one too far ahead", |driver, queue| {
+        driver.jump(queue, driver.rings[queue].size + 1);
     }),
     ("a buffer beyond RAM", |driver, queue| {
         driver.descriptor(queue, 0, (RAM as u64 - 8, 16), 0, 0);
@@ -281,6 +305,24 @@ pub(super) const ATTACKS: [(&str, Attack); 12] = [
     ),
     ("an indirect table beyond RAM", |driver, queue| {
         driver.descriptor(queue, 0, (RAM as u64, 32), INDIRECT, 0);
+        driver.offer(queue, 0);
+    }),
+    (
+        "an indirect table that wraps around the address space",
+        |driver, queue| {
+            driver.descriptor(queue, 0, (u64::MAX - 7, 16), INDIRECT, 0);
+            driver.offer(queue, 0);
+        },
+    ),
+    (
+        "an indirect table in the hole below 4 GiB",
+        |driver, queue| {
+            driver.descriptor(queue, 0, (0xc000_0000, 16), INDIRECT, 0);
+            driver.offer(queue, 0);
+        },
+    ),
+    ("an empty indirect table", |driver, queue| {
+        driver.descriptor(queue, 0, (BUFFERS, 0), INDIRECT, 0);
         driver.offer(queue, 0);
     }),
     (

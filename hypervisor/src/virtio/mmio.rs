@@ -162,11 +162,6 @@ impl Transport {
         self.active
     }
 
-    #[cfg(test)]
-    pub(crate) fn queue_max(&self, queue: usize) -> u16 {
-        self.queues[queue].max
-    }
-
     /// Writes that came out of turn.
     pub fn rejected(&self) -> u64 {
         self.rejected

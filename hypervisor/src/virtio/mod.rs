@@ -11,8 +11,6 @@ pub mod console;
 pub mod device;
 #[cfg(test)]
 mod driver;
-#[cfg(test)]
-pub(crate) mod fake_driver;
 pub mod fs;
 pub mod mmio;
 pub mod net;

@@ -9,7 +9,7 @@
 //!
 //! A chain that fails is consumed, so it is never parsed twice.
 
-use super::{DeviceError, Interrupt, Memory};
+use super::{Activation, DeviceError, Interrupt, Memory};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
@@ -126,6 +126,52 @@ pub fn notify(queue: &mut Queue, memory: &Memory, interrupt: &Interrupt) -> Resu
 /// Asks for a kick at the next chain. True: there is one already and no kick will come for it.
 pub fn rearm(queue: &mut Queue, memory: &Memory) -> Result<bool, QueueError> {
     queue.enable_notification(memory).map_err(QueueError::Ring)
+}
+
+/// One turn of a device at queue `index`: takes chains until there are no more or `limit` were taken, then interrupts the
+/// driver where it wants to know. `serve` gives the number of bytes it wrote into a chain, which so goes back, or None
+/// for a chain that the device keeps. Where more may wait, the device is kicked again, so that the others get their turn.
+///
+/// A queue that the driver left out is never served.
+pub fn serve(
+    active: &mut Activation,
+    index: usize,
+    limit: usize,
+    mut serve: impl FnMut(Chain, &Memory) -> Result<Option<u32>, DeviceError>,
+) -> Result<(), DeviceError> {
+    let Activation {
+        memory,
+        queues,
+        notify: kicks,
+        interrupt,
+        ..
+    } = active;
+    let queue = &mut queues[index];
+    if !queue.ready() {
+        return Ok(());
+    }
+    let (mut more, mut used) = (true, false);
+    // Rounds are counted, not chains: a guest that moves the index to and fro must not keep us here.
+    for _ in 0..limit {
+        if let Some(chain) = pop(queue, memory)? {
+            let head = chain.head;
+            if let Some(written) = serve(chain, memory)? {
+                push(queue, memory, head, written)?;
+                used = true;
+            }
+        } else if !rearm(queue, memory)? {
+            more = false;
+            break;
+        }
+    }
+    if more {
+        // A full counter (EAGAIN) means that the kick is pending already.
+        let _ = kicks[index].write(1);
+    }
+    if used {
+        notify(queue, memory, interrupt)?;
+    }
+    Ok(())
 }
 
 impl Chain {
@@ -248,3 +294,7 @@ fn slices<'m>(
     }
     slices
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -20,50 +20,27 @@ impl VirtioDevice for Rng {
         VIRTIO_ID_RNG
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
     }
-
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
         self.active = Some(active);
         Ok(())
     }
 
-    fn queue_event(&mut self, _queue: usize) -> Result<(), DeviceError> {
+    fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        let ring = &mut active.queues[0];
-        if !virtio_queue::QueueT::ready(ring) {
-            return Ok(());
-        }
-        for taken in 0.. {
-            if taken == MAX_CHAINS_PER_EVENT {
-                // Full means pending, which is what it should be.
-                let _ = active.notify[0].write(1);
-                break;
-            }
-            let Some(chain) = queue::pop(ring, &active.memory)? else {
-                if queue::rearm(ring, &active.memory)? {
-                    continue;
-                }
-                break;
-            };
+        queue::serve(active, queue, MAX_CHAINS_PER_EVENT, |chain, memory| {
             let mut random = [0; MAX_BYTES];
             let length = chain.writable_len().min(MAX_BYTES);
             fill(&mut random[..length]).map_err(DeviceError::fatal)?;
-            chain.write(&active.memory, 0, &random[..length])?;
-            queue::push(ring, &active.memory, chain.head, length as u32)?;
+            chain.write(memory, 0, &random[..length])?;
             self.bytes += length as u64;
-        }
-        queue::notify(ring, &active.memory, &active.interrupt)?;
-        Ok(())
+            Ok(Some(length as u32))
+        })
     }
 
     fn reset(&mut self) {
@@ -96,32 +73,39 @@ fn fill(mut buffer: &mut [u8]) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::fake_driver::{Buf, FakeDriver};
+    use crate::virtio::driver::Part::In;
+    use crate::virtio::driver::{Driver, RAM, WRITE, attack};
+
+    fn rng() -> (Rng, Driver) {
+        let mut rng = Rng::default();
+        let mut driver = Driver::new(&rng);
+        driver.activate(&mut rng, 0).unwrap();
+        (rng, driver)
+    }
 
     #[test]
     fn every_writable_buffer_is_filled() {
-        let mut driver = FakeDriver::new(Rng::default());
-        driver.offer(0, &[Buf::Write(0x8000, 300), Buf::Write(0x9000, 212)]);
-        driver.kick(0).unwrap();
-        assert_eq!(driver.used(0), [(0, 512)]);
-        assert!(driver.bytes(0x9000, 212).iter().any(|byte| *byte != 0));
-        assert_eq!(driver.interrupts(), 1);
+        let (mut rng, mut driver) = rng();
+        let (head, at) = driver.chain(0, &[In(300), In(212)]);
+        rng.queue_event(0).unwrap();
+        assert_eq!(driver.used(0), [(head, 512)]);
+        assert!(driver.read(at[1], 212).iter().any(|byte| *byte != 0xee));
+        assert_eq!(driver.interrupt.status(), 1);
     }
 
     #[test]
     fn a_huge_request_gets_a_page_and_a_readable_one_nothing() {
-        let mut driver = FakeDriver::new(Rng::default());
-        driver.offer(0, &[Buf::Write(0x8000, 0x10_0000)]);
-        driver.offer(0, &[Buf::Read(0x8000, 64)]);
-        driver.kick(0).unwrap();
+        let (mut rng, mut driver) = rng();
+        driver.descriptor(0, 0, (0x10_0000, RAM as u32 - 0x10_0000), WRITE, 0);
+        driver.offer(0, 0);
+        driver.descriptor(0, 1, (0x10_0000, 64), 0, 0);
+        driver.offer(0, 1);
+        rng.queue_event(0).unwrap();
         assert_eq!(driver.used(0), [(0, MAX_BYTES as u32), (1, 0)]);
     }
 
     #[test]
-    fn a_chain_that_is_broken_stops_the_device() {
-        let mut driver = FakeDriver::new(Rng::default());
-        driver.offer(0, &[Buf::Write(u64::MAX - 8, 64)]);
-        assert!(matches!(driver.kick(0), Err(DeviceError::Hostile(_))));
-        assert_eq!(driver.used(0), []);
+    fn a_broken_ring_stops_the_device() {
+        attack(0, 0, Rng::default);
     }
 }

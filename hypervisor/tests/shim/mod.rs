@@ -31,6 +31,7 @@ pub struct Setup {
 pub struct Vmm {
     child: Child,
     control: Option<OwnedFd>,
+    console: File,
     directory: tempfile::TempDir,
 }
 
@@ -101,6 +102,7 @@ impl Vmm {
         Self {
             child,
             control: Some(control),
+            console: console_file,
             directory,
         }
     }
@@ -170,6 +172,11 @@ impl Vmm {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap()
+    }
+
+    /// What the guest wrote so far.
+    pub fn console(&self) -> String {
+        String::from_utf8(console::read(&self.console).unwrap()).unwrap()
     }
 
     pub fn log_path(&self) -> PathBuf {

@@ -1,18 +1,17 @@
 //! coffer-fsd as the shim starts it, driven by a hostile guest. Needs root.
 
 mod driver;
+#[path = "../server/mod.rs"]
+mod server;
 
 use driver::{Driver, Op, ROOT, text};
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 /// A served share: DIR is a shared mount in a mount namespace of this test's thread, beside a file that the guest
@@ -54,10 +53,7 @@ impl Sandbox {
         )
         .unwrap();
 
-        let socket = directory.path().join("fs.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let connection = UnixStream::connect(&socket).unwrap();
-        let server = spawn(&share, &listener.into());
+        let (server, connection) = server::serve(&share);
         (Self { directory, server }, connection)
     }
 
@@ -86,29 +82,6 @@ impl Drop for Sandbox {
         let _ = self.server.wait();
         let _ = umount2(&self.share(), MntFlags::MNT_DETACH);
     }
-}
-
-fn spawn(share: &Path, listener: &OwnedFd) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffer-fsd"));
-    command
-        .arg("--share")
-        .arg(share)
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped());
-    // Well above 3, and without the close-on-exec flag on the copy.
-    let high = fcntl(listener, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
-    #[allow(unsafe_code)]
-    // SAFETY: dup2 is async-signal-safe.
-    unsafe {
-        command.pre_exec(move || {
-            nix::errno::Errno::result(libc::dup2(high, 3))
-                .map(drop)
-                .map_err(Into::into)
-        });
-    }
-    let child = command.spawn().unwrap();
-    nix::unistd::close(high).unwrap();
-    child
 }
 
 fn stderr_of(server: &mut Child) -> String {
@@ -305,7 +278,7 @@ fn raw_names_stay_inside_the_share() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["fs.sock", "secret", "share"]);
+    assert_eq!(names, ["secret", "share"]);
     assert!(!Path::new("/tmp/new").exists());
 }
 
@@ -367,7 +340,7 @@ fn a_request_that_is_no_fuse_ends_the_server_with_one_line() {
 fn mistakes_of_the_caller_are_one_clear_line() {
     let directory = tempfile::tempdir().unwrap();
     let listener = || UnixListener::bind(directory.path().join("s")).unwrap();
-    let missing = stderr_of(&mut spawn(
+    let missing = stderr_of(&mut server::spawn(
         &directory.path().join("absent"),
         &listener().into(),
     ));
@@ -375,7 +348,7 @@ fn mistakes_of_the_caller_are_one_clear_line() {
         missing.contains("absent") && missing.contains("No such file"),
         "{missing}"
     );
-    let no_socket = stderr_of(&mut spawn(
+    let no_socket = stderr_of(&mut server::spawn(
         directory.path(),
         &fs::File::open("/dev/null").unwrap().into(),
     ));

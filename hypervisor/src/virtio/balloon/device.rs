@@ -5,10 +5,10 @@ use super::{
     QUEUE_SIZE, REPORTING,
 };
 use crate::memory::{DiscardError, discard};
+use crate::virtio::device::{copy_config, with_active};
 use crate::virtio::queue::{self, Chain};
 use crate::virtio::{Activation, DeviceError, Memory, VirtioDevice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 
 /// The guest takes pages back by itself before it runs out of memory (virtio 1.2, 5.5.3).
@@ -41,25 +41,14 @@ impl Balloon {
     }
 
     fn requests(&mut self, active: &mut Activation, index: usize) -> Result<(), DeviceError> {
-        let mut any = false;
-        for _ in 0..MAX_REQUESTS_PER_EVENT {
-            let Some(chain) = queue::pop(&mut active.queues[index], &active.memory)? else {
-                if queue::rearm(&mut active.queues[index], &active.memory)? {
-                    continue;
-                }
-                return interrupt(active, index, any);
-            };
+        queue::serve(active, index, MAX_REQUESTS_PER_EVENT, |chain, memory| {
             match index {
-                INFLATE => self.inflate(&chain, &active.memory)?,
-                REPORTING => self.report(&chain, &active.memory)?,
+                INFLATE => self.inflate(&chain, memory)?,
+                REPORTING => self.report(&chain, memory)?,
                 _ => debug_assert_eq!(index, DEFLATE),
             }
-            queue::push(&mut active.queues[index], &active.memory, chain.head, 0)?;
-            any = true;
-        }
-        // More may wait. Come back after the other devices had their turn.
-        active.notify[index].write(1).map_err(DeviceError::fatal)?;
-        interrupt(active, index, any)
+            Ok(Some(0))
+        })
     }
 
     /// Drops pages named by number. Neighbours, which is how Linux sends them, are dropped together.
@@ -128,13 +117,6 @@ impl Balloon {
     }
 }
 
-fn interrupt(active: &mut Activation, index: usize, wanted: bool) -> Result<(), DeviceError> {
-    if wanted {
-        queue::notify(&mut active.queues[index], &active.memory, &active.interrupt)?;
-    }
-    Ok(())
-}
-
 impl VirtioDevice for Balloon {
     fn kind(&self) -> u32 {
         VIRTIO_ID_BALLOON
@@ -149,10 +131,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(self.config.iter().skip(skip)) {
-            *to = *from;
-        }
+        copy_config(&self.config, offset, data);
     }
 
     /// Only `actual` is the driver's to write; it is kept so that the driver reads it back.
@@ -168,17 +147,11 @@ impl VirtioDevice for Balloon {
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        // A driver without free page reporting leaves that queue out.
-        let done = if active.queues[queue].ready() {
-            self.requests(&mut active, queue)
-        } else {
-            Ok(())
-        };
-        self.active = Some(active);
-        done
+        with_active(
+            self,
+            |balloon| &mut balloon.active,
+            |balloon, active| balloon.requests(active, queue),
+        )
     }
 
     fn reset(&mut self) {

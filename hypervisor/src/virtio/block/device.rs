@@ -3,8 +3,9 @@
 use super::request::{Limits, Request, Status};
 use super::worker::{Done, Job, Worker, finish};
 use super::{BlockError, ID_BYTES, MAX_CLEAR_SECTORS, QUEUE_SIZE, SECTOR, SEGMENT_BYTES, SEGMENTS};
+use crate::virtio::device::{copy_config, with_active};
 use crate::virtio::queue::{self, Chain, MAX_CHAINS_PER_EVENT};
-use crate::virtio::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::{Activation, DeviceError, Memory, VirtioDevice};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -99,29 +100,17 @@ impl Block {
         config
     }
 
-    /// Takes requests until the queue is empty or the turn is over.
+    /// Takes the requests that wait.
     fn take_requests(&mut self, active: &mut Activation) -> Result<(), DeviceError> {
-        let mut answered = false;
-        for _ in 0..MAX_CHAINS_PER_EVENT {
-            let Some(chain) = queue::pop(&mut active.queues[0], &active.memory)? else {
-                if queue::rearm(&mut active.queues[0], &active.memory)? {
-                    continue;
-                }
-                return self.interrupt(active, answered);
-            };
+        queue::serve(active, 0, MAX_CHAINS_PER_EVENT, |chain, memory| {
             self.counters.requests += 1;
-            if let Some(done) = self.start(chain, active)? {
-                self.complete(done, active)?;
-                answered = true;
-            }
-        }
-        // More may wait. Come back after the other devices had their turn.
-        active.notify[0].write(1).map_err(DeviceError::fatal)?;
-        self.interrupt(active, answered)
+            let done = self.start(chain, memory)?;
+            Ok(done.map(|done| self.count(done).written))
+        })
     }
 
     /// Begins a request; one that is refused is finished at once.
-    fn start(&mut self, chain: Chain, active: &Activation) -> Result<Option<Done>, DeviceError> {
+    fn start(&mut self, chain: Chain, memory: &Memory) -> Result<Option<Done>, DeviceError> {
         if chain.writable_len() == 0 {
             return Err(DeviceError::hostile(BlockError::NoStatus {
                 head: chain.head,
@@ -131,10 +120,10 @@ impl Block {
             sectors: self.sectors,
             read_only: self.read_only,
         };
-        let (request, file) = match (Request::parse(&chain, &active.memory, limits), &self.file) {
+        let (request, file) = match (Request::parse(&chain, memory, limits), &self.file) {
             (Ok(request), Some(file)) => (request, file.clone()),
-            (Ok(_), None) => return Ok(Some(finish(&chain, &active.memory, Status::IoError, 0))),
-            (Err(status), _) => return Ok(Some(finish(&chain, &active.memory, status, 0))),
+            (Ok(_), None) => return Ok(Some(finish(&chain, memory, Status::IoError, 0))),
+            (Err(status), _) => return Ok(Some(finish(&chain, memory, status, 0))),
         };
         if self.in_flight == usize::from(QUEUE_SIZE) {
             return Err(DeviceError::hostile(BlockError::TooManyRequests));
@@ -143,7 +132,7 @@ impl Block {
             .submit(Job {
                 chain,
                 request,
-                memory: active.memory.clone(),
+                memory: memory.clone(),
                 file,
                 id: self.id,
             })
@@ -152,48 +141,26 @@ impl Block {
         Ok(None)
     }
 
-    fn complete(&mut self, done: Done, active: &mut Activation) -> Result<(), DeviceError> {
-        if done.status != Status::Ok {
-            self.counters.failed += 1;
-        }
-        Ok(queue::push(
-            &mut active.queues[0],
-            &active.memory,
-            done.head,
-            done.written,
-        )?)
-    }
-
-    fn interrupt(&self, active: &mut Activation, wanted: bool) -> Result<(), DeviceError> {
-        if wanted {
-            queue::notify(&mut active.queues[0], &active.memory, &active.interrupt)?;
-        }
-        Ok(())
+    fn count(&mut self, done: Done) -> Done {
+        self.counters.failed += u64::from(done.status != Status::Ok);
+        done
     }
 
     /// Gives finished requests back to the guest.
     fn give_back(&mut self, active: &mut Activation) -> Result<(), DeviceError> {
         self.worker.acknowledge();
+        let (queue, memory) = (&mut active.queues[0], &active.memory);
         let mut any = false;
         while let Some(done) = self.worker.finished() {
             self.in_flight -= 1;
-            self.complete(done, active)?;
+            let Done { head, written, .. } = self.count(done);
+            queue::push(queue, memory, head, written)?;
             any = true;
         }
-        self.interrupt(active, any)
-    }
-
-    /// Runs `work` on the activation, which is out of its place meanwhile.
-    fn with_active(
-        &mut self,
-        work: impl FnOnce(&mut Self, &mut Activation) -> Result<(), DeviceError>,
-    ) -> Result<(), DeviceError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let done = work(self, &mut active);
-        self.active = Some(active);
-        done
+        if any {
+            queue::notify(queue, memory, &active.interrupt)?;
+        }
+        Ok(())
     }
 }
 
@@ -229,10 +196,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(self.config().into_iter().skip(skip)) {
-            *to = from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
@@ -241,7 +205,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_event(&mut self, _queue: usize) -> Result<(), DeviceError> {
-        self.with_active(Self::take_requests)
+        with_active(self, |block| &mut block.active, Self::take_requests)
     }
 
     fn sources(&self) -> Vec<(RawFd, EventSet, u16)> {
@@ -249,7 +213,7 @@ impl VirtioDevice for Block {
     }
 
     fn source_event(&mut self, _token: u16, _set: EventSet) -> Result<(), DeviceError> {
-        self.with_active(Self::give_back)
+        with_active(self, |block| &mut block.active, Self::give_back)
     }
 
     fn reset(&mut self) {

@@ -2,6 +2,7 @@
 
 use super::backend::Backend;
 use super::{DEADLINE, FsError, QUEUE_SIZE, QUEUES, TAG_BYTES};
+use crate::virtio::device::copy_config;
 use crate::virtio::{Activation, DeviceError, Memory, VirtioDevice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use vhost::vhost_user::VhostUserVirtioFeatures;
@@ -142,19 +143,12 @@ impl VirtioDevice for Fs {
         VIRTIO_ID_FS
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &[u16] {
         &[QUEUE_SIZE; QUEUES]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(self.config.iter().skip(skip)) {
-            *to = *from;
-        }
+        copy_config(&self.config, offset, data);
     }
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {

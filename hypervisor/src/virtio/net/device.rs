@@ -6,6 +6,7 @@ use super::{
     HEADER, MAX_FRAME, MAX_FRAMES_PER_EVENT, MIN_FRAME, NUM_BUFFERS, NetError, QUEUE_SIZE, RX, TX,
     offload,
 };
+use crate::virtio::device::{copy_config, with_active};
 use crate::virtio::queue::{self, Chain, MAX_CHAINS_PER_EVENT};
 use crate::virtio::{Activation, DeviceError, VirtioDevice};
 use std::fmt;
@@ -269,19 +270,6 @@ impl Net {
         }
         true
     }
-
-    /// Runs `work` on the activation, which is out of its place meanwhile.
-    fn with_active(
-        &mut self,
-        work: impl FnOnce(&mut Self, &mut Activation) -> Result<(), DeviceError>,
-    ) -> Result<(), DeviceError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let done = work(self, &mut active);
-        self.active = Some(active);
-        done
-    }
 }
 
 fn interrupt_tx(active: &mut Activation, wanted: bool) -> Result<(), DeviceError> {
@@ -333,10 +321,7 @@ impl VirtioDevice for Net {
         };
         let [a, b, c, d, e, f] = self.mac;
         let config: [u8; CONFIG] = [a, b, c, d, e, f, status, 0];
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, from) in data.iter_mut().zip(config.into_iter().skip(skip)) {
-            *to = from;
-        }
+        copy_config(&config, offset, data);
     }
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {
@@ -349,11 +334,12 @@ impl VirtioDevice for Net {
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
-        self.with_active(if queue == RX {
+        let work = if queue == RX {
             Self::receive
         } else {
             Self::transmit
-        })
+        };
+        with_active(self, |net| &mut net.active, work)
     }
 
     fn sources(&self) -> Vec<(RawFd, EventSet, u16)> {
@@ -365,13 +351,17 @@ impl VirtioDevice for Net {
     }
 
     fn source_event(&mut self, _token: u16, set: EventSet) -> Result<(), DeviceError> {
-        self.with_active(|net, active| {
-            if net.tx_blocked && set.contains(EventSet::OUT) {
-                net.tx_blocked = false;
-                net.transmit(active)?;
-            }
-            net.receive(active)
-        })
+        with_active(
+            self,
+            |net| &mut net.active,
+            |net, active| {
+                if net.tx_blocked && set.contains(EventSet::OUT) {
+                    net.tx_blocked = false;
+                    net.transmit(active)?;
+                }
+                net.receive(active)
+            },
+        )
     }
 
     fn reset(&mut self) {

@@ -84,3 +84,42 @@ impl Credit {
         (BUFFER, self.consumed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::vsock::packet::TYPE_STREAM;
+
+    #[test]
+    fn counters_wrap_without_a_loss() {
+        const STEP: u32 = 100_003;
+        let mut credit = Credit::default();
+        let mut said = Header {
+            src_cid: 3,
+            dst_cid: 2,
+            src_port: 1,
+            dst_port: 1,
+            len: 0,
+            kind: TYPE_STREAM,
+            op: None,
+            flags: 0,
+            buf_alloc: STEP,
+            fwd_cnt: 0,
+        };
+        credit.learn(&said);
+        let mut told = 0u32;
+        // Three times around.
+        for _ in 0..3 * (u32::MAX / STEP) {
+            assert_eq!(credit.available(), STEP);
+            credit.send(STEP);
+            assert_eq!(credit.available(), 0);
+            said.fwd_cnt = said.fwd_cnt.wrapping_add(STEP);
+            credit.learn(&said);
+            credit.receive(STEP).unwrap();
+            assert_eq!(credit.receive(BUFFER), Err(OverCredit));
+            credit.consume(STEP);
+            told = told.wrapping_add(STEP);
+            assert_eq!(credit.tell(), (BUFFER, told));
+        }
+    }
+}

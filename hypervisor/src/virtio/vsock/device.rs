@@ -1,6 +1,7 @@
 //! The device of coffer-vmm.
 
 use super::{Muxer, QUEUES, RX_QUEUE, TX_QUEUE, queues};
+use crate::virtio::device::copy_config;
 use crate::virtio::queue;
 use crate::virtio::{Activation, DeviceError, VirtioDevice};
 use std::os::fd::RawFd;
@@ -65,23 +66,13 @@ impl VirtioDevice for Vsock {
         VIRTIO_ID_VSOCK
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn queue_sizes(&self) -> &[u16] {
         &[QUEUE_SIZE; QUEUES]
     }
 
     /// `guest_cid`, a little-endian u64 (virtio 1.2, 5.10.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.guest_cid.to_le_bytes();
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-            .unwrap_or_default();
-        let length = rest.len().min(data.len());
-        data[..length].copy_from_slice(&rest[..length]);
+        copy_config(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, active: Activation) -> Result<(), DeviceError> {

@@ -27,6 +27,7 @@
 mod connection;
 mod credit;
 mod device;
+mod greeting;
 mod muxer;
 mod outbox;
 mod packet;

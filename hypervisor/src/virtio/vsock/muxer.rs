@@ -1,9 +1,9 @@
 //! All connections of one guest over one pair of queues.
 
 use super::connection::{Connection, Key, State};
-use super::limits::{ANSWER_TIMEOUT, FIRST_HOST_PORT, MAX_CONNECTIONS, MAX_GREETING, MAX_RESETS};
+use super::limits::{ANSWER_TIMEOUT, FIRST_HOST_PORT, MAX_CONNECTIONS, MAX_RESETS};
 use super::packet::{Header, Op, TYPE_STREAM};
-use super::{HOST_CID, VsockError, volatile_io};
+use super::{HOST_CID, VsockError, greeting};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -241,7 +241,9 @@ impl Muxer {
         if self.watch_socket(&socket, id).is_err() {
             return self.push_reset(request.reset());
         }
-        self.dialled.push(key.host_port);
+        if !self.dialled.contains(&key.host_port) {
+            self.dialled.push(key.host_port);
+        }
         self.insert(id, Connection::from_guest(request, key, socket));
     }
 
@@ -399,7 +401,7 @@ impl Muxer {
         let Some(client) = self.greeting.remove(&id) else {
             return;
         };
-        match read_greeting(&client) {
+        match greeting::read(&client) {
             Ok(Some(guest_port)) => {
                 let key = Key {
                     guest_port,
@@ -490,24 +492,4 @@ impl Muxer {
             self.arm(*deadline);
         }
     }
-}
-
-/// The port of a `CONNECT <port>\n`, which is taken from the socket; what follows it stays. None: it is no such line.
-/// An error of kind `WouldBlock`: the line has not come whole.
-fn read_greeting(client: &UnixStream) -> io::Result<Option<u32>> {
-    let mut line = [0; MAX_GREETING];
-    let available = volatile_io::receive_bytes(client, &mut line, true)?;
-    let Some(length) = line[..available].iter().position(|byte| *byte == b'\n') else {
-        let may_come = available > 0 && available < MAX_GREETING;
-        return if may_come {
-            Err(io::ErrorKind::WouldBlock.into())
-        } else {
-            Ok(None)
-        };
-    };
-    volatile_io::receive_bytes(client, &mut line[..=length], false)?;
-    let port = std::str::from_utf8(&line[..length])
-        .ok()
-        .and_then(|text| text.strip_prefix("CONNECT "));
-    Ok(port.and_then(|port| port.parse().ok()))
 }

@@ -3,7 +3,7 @@
 use super::Muxer;
 use super::packet::{HEADER_BYTES, Header};
 use crate::virtio::Memory;
-use crate::virtio::queue::{self, Chain, MAX_CHAINS_PER_EVENT, QueueError};
+use crate::virtio::queue::{self, MAX_CHAINS_PER_EVENT, QueueError};
 use virtio_queue::{Queue, QueueT};
 
 /// What a pass over a queue did.
@@ -47,7 +47,10 @@ fn transmit(muxer: &mut Muxer, queue: &mut Queue, memory: &Memory) -> Result<Pro
         if !muxer.accepts_packets() {
             return Ok(progress);
         }
-        let Some(chain) = next(queue, memory)? else {
+        let Some(chain) = queue::pop(queue, memory)? else {
+            if queue::rearm(queue, memory)? {
+                continue;
+            }
             return Ok(progress);
         };
         let mut bytes = [0; HEADER_BYTES];
@@ -71,7 +74,10 @@ fn receive(muxer: &mut Muxer, queue: &mut Queue, memory: &Memory) -> Result<Prog
         if !muxer.has_packets() {
             return Ok(progress);
         }
-        let Some(chain) = next(queue, memory)? else {
+        let Some(chain) = queue::pop(queue, memory)? else {
+            if queue::rearm(queue, memory)? {
+                continue;
+            }
             return Ok(progress);
         };
         let have = chain.writable_len();
@@ -97,16 +103,4 @@ fn receive(muxer: &mut Muxer, queue: &mut Queue, memory: &Memory) -> Result<Prog
     }
     progress.more = true;
     Ok(progress)
-}
-
-/// The next chain. Where there is none a kick is asked for.
-fn next(queue: &mut Queue, memory: &Memory) -> Result<Option<Chain>, QueueError> {
-    loop {
-        if let Some(chain) = queue::pop(queue, memory)? {
-            return Ok(Some(chain));
-        }
-        if !queue::rearm(queue, memory)? {
-            return Ok(None);
-        }
-    }
 }

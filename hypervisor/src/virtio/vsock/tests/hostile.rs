@@ -199,6 +199,22 @@ fn who_never_answers_is_given_up() {
 }
 
 #[test]
+fn dialling_and_giving_up_for_ever_is_remembered_once() {
+    let mut world = World::new();
+    for _ in 0..10_000 {
+        for op in [Op::Request, Op::Rst] {
+            let header = Header {
+                op: Some(op),
+                ..packet(5, HOME)
+            };
+            world.send(header, b"");
+        }
+        while world.receive().is_some() {}
+    }
+    assert_eq!(world.muxer.take_dialled(), [HOME]);
+}
+
+#[test]
 fn connections_that_come_and_go_leave_nothing() {
     let mut world = World::new();
     world.open();
