@@ -24,7 +24,7 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(10);
 /// A vCPU thread that has not ended by then ends with the process.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// Faults of the guest that are logged; it could reset and break a device for ever.
-const TOLD_FAULTS: u32 = 16;
+pub const TOLD_FAULTS: u32 = 16;
 /// Ready files taken at one wake-up.
 const EVENTS: usize = 32;
 

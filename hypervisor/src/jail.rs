@@ -16,18 +16,24 @@
 //! A PID namespace would only hold for children, of which there are none. Seccomp ([`crate::seccomp`]) comes on top, per
 //! thread.
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreated,
+    RulesetCreatedAttr, RulesetError, Scope,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
+use std::fs::File;
 use std::os::fd::RawFd;
 
 /// Open files at most: 1,023 vsock connections, and what devices and vCPUs need.
 const MAX_FILES: u64 = 4096;
 /// Files may grow to the largest disk, or this, which is for the log.
 const MIN_FILE_SIZE: u64 = 1 << 30;
+/// The rules of Linux 6.12. An older kernel takes those it knows.
+const LANDLOCK: ABI = ABI::V6;
 /// Any directory that every Linux host has; the empty root is mounted on it, in our own mount namespace.
 const STEPPING_STONE: &str = "/proc";
 
@@ -39,7 +45,9 @@ pub enum JailError {
     #[error("the VMM can't lock itself up: capabilities")]
     Capabilities(#[source] caps::errors::CapsError),
     #[error("the VMM can't lock itself up: landlock")]
-    Landlock(#[source] landlock::RulesetError),
+    Landlock(#[source] RulesetError),
+    #[error("the VMM can't lock itself up: /dev/null can't be opened")]
+    Null(#[source] std::io::Error),
 }
 
 fn step(what: &'static str) -> impl Fn(nix::Error) -> JailError {
@@ -60,8 +68,7 @@ pub fn close_inherited(after: RawFd) -> Result<(), JailError> {
 pub fn enter(id: u32) -> Result<(), JailError> {
     leave_namespaces()?;
     empty_root()?;
-    limit(Resource::RLIMIT_NOFILE, MAX_FILES, "limit of open files")?;
-    limit(Resource::RLIMIT_CORE, 0, "limit of core files")?;
+    enter_first_limits()?;
     take_identity(id)?;
     prctl::set_no_new_privs().map_err(step("no_new_privs"))?;
     prctl::set_dumpable(false).map_err(step("not dumpable"))?;
@@ -115,15 +122,39 @@ fn take_identity(id: u32) -> Result<(), JailError> {
 /// Landlock with no rule: every file system and network access by name is denied. Older kernels know less of it, and
 /// kernels without it leave this to the empty root.
 fn forbid_paths() -> Result<(), JailError> {
-    let abi = ABI::V6;
-    Ruleset::default()
-        .handle_access(AccessFs::from_all(abi))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(abi)))
-        .and_then(|rules| rules.scope(Scope::from_all(abi)))
-        .and_then(Ruleset::create)
-        .and_then(landlock::RulesetCreated::restrict_self)
+    rules(AccessFs::from_all(LANDLOCK))
+        .and_then(RulesetCreated::restrict_self)
         .map(drop)
         .map_err(JailError::Landlock)
+}
+
+/// As much of that as leaves a process that loads libraries and firmware by path, as QEMU does: no file is written,
+/// made or removed by its path, and no network, abstract socket or process outside is reached.
+pub fn forbid_writes() -> Result<(), JailError> {
+    let null = File::open("/dev/null").map_err(JailError::Null)?;
+    rules(AccessFs::from_write(LANDLOCK))
+        .and_then(|rules| {
+            let allowed = AccessFs::WriteFile | AccessFs::IoctlDev;
+            rules.add_rule(PathBeneath::new(null, allowed))
+        })
+        .and_then(RulesetCreated::restrict_self)
+        .map(drop)
+        .map_err(JailError::Landlock)
+}
+
+/// Rules that deny these accesses by name, and all of the network.
+fn rules(files: BitFlags<AccessFs>) -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default()
+        .handle_access(files)
+        .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
+        .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
+        .and_then(Ruleset::create)
+}
+
+/// Limits that hold from the start: open files, and no core file with guest memory in it.
+pub fn enter_first_limits() -> Result<(), JailError> {
+    limit(Resource::RLIMIT_NOFILE, MAX_FILES, "limit of open files")?;
+    limit(Resource::RLIMIT_CORE, 0, "limit of core files")
 }
 
 /// The last limits, when all threads run and all memory exists: no process or thread may be started, and no file

@@ -1,12 +1,15 @@
-//! System call filters, one for each class of thread. The policy is data: `seccomp/x86_64.json`.
+//! System call filters, one for each class of thread. The policies are data: `seccomp/vmm-x86_64.json` for coffer-vmm,
+//! `seccomp/qemu-x86_64.json` for coffer-qemu.
 //!
-//! A call that is not listed kills the process. Each thread enters its own filter: vCPUs before they first run the
-//! guest, the main thread when the last other thread was started.
+//! A call that is not listed kills the process. Each thread of coffer-vmm enters its own filter: vCPUs before they first
+//! run the guest, the main thread when the last other thread was started. coffer-qemu has one filter for all its threads
+//! ([`enter_all_threads`]); QEMU has one of its own (`-sandbox`).
 
-use seccompiler::{BpfMap, TargetArch};
+use seccompiler::{BpfMap, BpfProgramRef, TargetArch};
 use std::sync::OnceLock;
 
-const POLICY: &[u8] = include_bytes!("../seccomp/x86_64.json");
+const VMM_POLICY: &[u8] = include_bytes!("../seccomp/vmm-x86_64.json");
+const QEMU_POLICY: &[u8] = include_bytes!("../seccomp/qemu-x86_64.json");
 
 /// A class of threads with a filter of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +20,8 @@ pub enum ThreadClass {
     Vcpu,
     /// File I/O of one disk.
     Disk,
+    /// Any thread of coffer-qemu, once its machine runs.
+    Qemu,
 }
 
 impl ThreadClass {
@@ -25,6 +30,7 @@ impl ThreadClass {
             Self::Main => "main",
             Self::Vcpu => "vcpu",
             Self::Disk => "disk",
+            Self::Qemu => "qemu",
         }
     }
 }
@@ -40,33 +46,54 @@ pub enum SeccompError {
     Install(&'static str, #[source] seccompiler::Error),
 }
 
-fn policy() -> Result<&'static BpfMap, SeccompError> {
-    static COMPILED: OnceLock<Result<BpfMap, String>> = OnceLock::new();
-    COMPILED
-        .get_or_init(|| {
-            seccompiler::compile_from_json(POLICY, TargetArch::x86_64)
-                .map_err(|error| error.to_string())
-        })
+/// The compiled filter of a class. A process needs one of the policies, and compiles no other.
+fn filter(class: ThreadClass) -> Result<BpfProgramRef<'static>, SeccompError> {
+    type Compiled = OnceLock<Result<BpfMap, String>>;
+    static VMM: Compiled = OnceLock::new();
+    static QEMU: Compiled = OnceLock::new();
+    let (compiled, policy) = match class {
+        ThreadClass::Main | ThreadClass::Vcpu | ThreadClass::Disk => (&VMM, VMM_POLICY),
+        ThreadClass::Qemu => (&QEMU, QEMU_POLICY),
+    };
+    let filters = compiled.get_or_init(|| {
+        seccompiler::compile_from_json(policy, TargetArch::x86_64)
+            .map_err(|error| error.to_string())
+    });
+    filters
         .as_ref()
-        .map_err(|error| SeccompError::Policy(error.clone()))
+        .map_err(|error| SeccompError::Policy(error.clone()))?
+        .get(class.name())
+        .map(Vec::as_slice)
+        .ok_or(SeccompError::Missing(class.name()))
 }
 
 /// Puts the calling thread under the filter of its class, for good.
 pub fn enter(class: ThreadClass) -> Result<(), SeccompError> {
-    let filter = policy()?
-        .get(class.name())
-        .ok_or(SeccompError::Missing(class.name()))?;
-    seccompiler::apply_filter(filter).map_err(|error| SeccompError::Install(class.name(), error))
+    seccompiler::apply_filter(filter(class)?)
+        .map_err(|error| SeccompError::Install(class.name(), error))
+}
+
+/// Puts every thread of the process under the filter of a class, for good.
+pub fn enter_all_threads(class: ThreadClass) -> Result<(), SeccompError> {
+    seccompiler::apply_filter_all_threads(filter(class)?)
+        .map_err(|error| SeccompError::Install(class.name(), error))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const CLASSES: [ThreadClass; 4] = [
+        ThreadClass::Main,
+        ThreadClass::Vcpu,
+        ThreadClass::Disk,
+        ThreadClass::Qemu,
+    ];
+
     #[test]
     fn every_class_has_a_filter() {
-        for class in [ThreadClass::Main, ThreadClass::Vcpu, ThreadClass::Disk] {
-            assert!(policy().unwrap().contains_key(class.name()), "{class:?}");
+        for class in CLASSES {
+            assert!(filter(class).is_ok(), "{class:?}");
         }
     }
 
@@ -74,8 +101,8 @@ mod tests {
     #[test]
     #[allow(unsafe_code)]
     fn a_call_that_is_not_listed_kills_the_process() {
-        for class in [ThreadClass::Main, ThreadClass::Vcpu, ThreadClass::Disk] {
-            policy().unwrap();
+        for class in CLASSES {
+            filter(class).unwrap();
             // SAFETY: the child makes system calls only; what it allocates it takes from its own copy of the heap.
             let child = unsafe { libc::fork() };
             if child == 0 {

@@ -2,7 +2,7 @@
 
 use super::arguments::{CommandLine, Sockets};
 use super::console::Console;
-use super::process::{Qemu, lock_up};
+use super::process::{Qemu, lock_up, lock_up_further};
 use super::qmp::{Qmp, QmpError};
 use super::vsock::{self, Served};
 use super::{Error, reply};
@@ -107,6 +107,7 @@ impl Machine {
                 machine.set_link(slot, false)?;
             }
         }
+        lock_up_further()?;
         machine.qmp.execute("cont", &json!({}))?;
         Ok(machine)
     }
@@ -294,7 +295,8 @@ impl Machine {
             .vsock
             .next_dialled()
             .map_err(Error::host("hear of a connection of the guest"))?;
-        if port != HOME_PORT {
+        // A guest may give up and dial again; it became ready once.
+        if port != HOME_PORT || self.ready_us.is_some() {
             return Ok(());
         }
         let since_start_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);

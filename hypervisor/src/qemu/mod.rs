@@ -9,7 +9,7 @@
 //!                   muxer thread ◄──────── vhost-user ──┘
 //! ```
 //!
-//! Neither process keeps privileges ([`process::lock_up`]); QEMU gets every file open. QEMU dies with us, and we end
+//! Neither process keeps privileges ([`process::lock_up`], [`process::lock_up_further`]); QEMU gets every file open. QEMU dies with us, and we end
 //! when the shim's end of fd 3 closes.
 //!
 //! Without a `/dev/kvm` in the configuration the guest runs under software emulation (TCG).
@@ -53,6 +53,10 @@ pub enum Error {
     Start { message: String },
     #[error(transparent)]
     Qmp(#[from] qmp::QmpError),
+    #[error(transparent)]
+    Jail(#[from] crate::jail::JailError),
+    #[error(transparent)]
+    Seccomp(#[from] crate::seccomp::SeccompError),
     #[error("network slot {slot} {reason}")]
     Nic { slot: u8, reason: &'static str },
 }

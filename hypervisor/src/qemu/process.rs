@@ -3,8 +3,11 @@
 #![allow(unsafe_code)]
 
 use super::Error;
+use crate::jail;
+use crate::seccomp::{self, ThreadClass};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use std::ffi::OsString;
@@ -20,7 +23,7 @@ const MAX_LINE: usize = 1024;
 
 /// Leaves the host's network and System V objects, and becomes the sandbox's user without any privilege. QEMU
 /// inherits all of it and adds its own seccomp filter. It keeps the host's files in view, since it loads its firmware
-/// and libraries from there; as that user it can only read what everybody can.
+/// and libraries from there; as that user it can only read what everybody can, and landlock lets it write nowhere.
 ///
 /// The process must have one thread.
 pub fn lock_up(uid: u32) -> Result<(), Error> {
@@ -30,7 +33,17 @@ pub fn lock_up(uid: u32) -> Result<(), Error> {
     setgroups(&[]).map_err(Error::host("drop groups"))?;
     setresgid(group, group, group).map_err(Error::host("change the group"))?;
     setresuid(user, user, user).map_err(Error::host("change the user"))?;
-    nix::sys::prctl::set_no_new_privs().map_err(Error::host("set no_new_privs"))
+    prctl::set_no_new_privs().map_err(Error::host("set no_new_privs"))?;
+    jail::enter_first_limits()?;
+    Ok(jail::forbid_writes()?)
+}
+
+/// Takes away what only the start of the machine needed: new threads and processes, most system calls, and any view of
+/// this process's memory. QEMU runs already and keeps its own walls.
+pub fn lock_up_further() -> Result<(), Error> {
+    prctl::set_dumpable(false).map_err(Error::host("hide from debuggers"))?;
+    jail::enter_last_limits(0)?;
+    Ok(seccomp::enter_all_threads(ThreadClass::Qemu)?)
 }
 
 /// A file that QEMU can open again by the path of its descriptor: the file itself, or a copy in memory where only the
@@ -68,7 +81,7 @@ impl Qemu {
         // SAFETY: prctl and fcntl are async-signal-safe, and nothing is allocated.
         unsafe {
             command.pre_exec(move || {
-                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                prctl::set_pdeathsig(Signal::SIGKILL)?;
                 for fd in &inherited {
                     nix::errno::Errno::result(libc::fcntl(*fd, libc::F_SETFD, 0))?;
                 }

@@ -4,6 +4,7 @@
 //! for our own wish to go on after the others had their turn.
 
 use super::Error;
+use crate::event_loop::TOLD_FAULTS;
 use crate::virtio::vsock::{Muxer, RX_QUEUE, TX_QUEUE, queues};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -43,6 +44,8 @@ pub struct Backend {
     dialled: PipeWriter,
     /// The guest broke a rule of virtqueues: its vsock rests until it resets the device.
     broken: bool,
+    /// How often that was logged.
+    told: u32,
 }
 
 /// The backend's threads, as the main thread knows them.
@@ -90,6 +93,7 @@ pub fn serve(guest_cid: u64, muxer: Muxer) -> Result<(Served, OwnedFd), Error> {
         again,
         dialled: tell_dialled,
         broken: false,
+        told: 0,
     };
     let backend = Arc::new(Mutex::new(backend));
 
@@ -147,8 +151,10 @@ impl Backend {
         ) {
             Ok(done) => done,
             Err(error) => {
-                eprintln!("coffer-qemu: vsock stops, the guest broke a rule: {error}");
-                self.broken = true;
+                if self.told < TOLD_FAULTS {
+                    eprintln!("coffer-qemu: vsock stops, the guest broke a rule: {error}");
+                }
+                (self.told, self.broken) = (self.told.saturating_add(1), true);
                 return Ok(());
             }
         };
