@@ -4,6 +4,7 @@
 //! is the end of the guest. Most operands fall into the small RAM and the queues' rings, some lie far outside, so a
 //! mutation that changes one thing keeps the rest of a request in order.
 
+use crate::input::Input;
 use coffer_hypervisor::virtio::{Activation, DeviceError, Interrupt, Memory, VirtioDevice};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -18,31 +19,7 @@ const USED: u64 = 0x5000;
 /// Operations of one guest; the fuzzer gains nothing from longer ones.
 pub(crate) const MAX_OPERATIONS: usize = 256;
 
-/// The bytes of the input that are left.
-#[derive(Debug)]
-pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
-
-impl<'a> Input<'a> {
-    pub(crate) fn take(&mut self, count: usize) -> Option<&'a [u8]> {
-        let (head, tail) = self.0.split_at_checked(count)?;
-        self.0 = tail;
-        Some(head)
-    }
-
-    pub(crate) fn byte(&mut self) -> Option<u8> {
-        self.take(1).map(|bytes| bytes[0])
-    }
-
-    pub(crate) fn word(&mut self) -> Option<u16> {
-        self.take(2)
-            .map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
-    }
-
-    pub(crate) fn long(&mut self) -> Option<u64> {
-        self.take(8)
-            .map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
-    }
-
+impl Input<'_> {
     /// An address: in RAM, at its end, or anywhere.
     fn address(&mut self) -> Option<u64> {
         match self.byte()? {

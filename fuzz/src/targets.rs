@@ -1,6 +1,7 @@
 //! One function for each target.
 
-use crate::guest::{Guest, Input, MAX_OPERATIONS, RAM};
+use crate::guest::{Guest, MAX_OPERATIONS, RAM};
+use crate::input::Input;
 use coffer_hypervisor::virtio::balloon::Balloon;
 use coffer_hypervisor::virtio::block::Block;
 use coffer_hypervisor::virtio::mmio::{Transport, Work};

@@ -1,28 +1,17 @@
-//! Replays the seeds of the fuzz targets, and whatever once made one of them fail. Needs root for the tap.
+//! The seeds of the fuzz targets as tests. Needs root for the tap.
 
+#[path = "../../fuzz/src/control.rs"]
+mod control;
 #[path = "../../fuzz/src/guest.rs"]
 mod guest;
+#[path = "../../fuzz/src/input.rs"]
+mod input;
+#[path = "../../fuzz/src/seeds.rs"]
+mod seeds;
 #[path = "../../fuzz/src/targets.rs"]
 mod targets;
 
-use std::path::Path;
-
-fn replay(target: &str, run: impl Fn(&[u8])) {
-    let seeds = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../fuzz/seeds")
-        .join(target);
-    let mut count = 0;
-    for seed in std::fs::read_dir(&seeds).expect("the seeds are part of the sources") {
-        let path = seed.expect("a seed").path();
-        println!("{}", path.display());
-        let input = std::fs::read(&path).expect("a seed");
-        run(&input);
-        // What a torn input leads to.
-        run(&input[..input.len() / 2]);
-        count += 1;
-    }
-    assert!(count > 0, "no seeds in {}", seeds.display());
-}
+use seeds::replay;
 
 #[test]
 fn block() {
@@ -47,4 +36,9 @@ fn mmio() {
 #[test]
 fn vsock() {
     replay("vsock", targets::vsock);
+}
+
+#[test]
+fn control_messages() {
+    replay("control", control::control);
 }
