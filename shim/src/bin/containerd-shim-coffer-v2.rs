@@ -2,10 +2,8 @@
 
 use anyhow::{Context, Result};
 use coffer::containerd::bootstrap::{Action, Args, MAX_STDIN_BYTES};
-use coffer::containerd::start;
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use protobuf::Message;
-use std::io::{self, Read, Write};
+use coffer::containerd::{info, start};
+use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -30,7 +28,7 @@ fn run() -> Result<()> {
         Action::Version => {
             format!("containerd-shim-coffer-v2 {}\n", env!("CARGO_PKG_VERSION")).into_bytes()
         }
-        Action::Info => info(),
+        Action::Info => info::info(&stdin()?)?,
         Action::Start => start::start(&args, &stdin()?, &variable("TTRPC_ADDRESS"))?,
         Action::Delete => start::delete(&args)?,
     };
@@ -39,9 +37,12 @@ fn run() -> Result<()> {
         .context("can't print the answer")
 }
 
-/// The runtime's options: nothing at all from some callers, who may leave the terminal there.
+/// The runtime's options: nothing at all from some callers, and from a person who tries `-info`.
 fn stdin() -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
+    if io::stdin().is_terminal() {
+        return Ok(bytes);
+    }
     let limit = MAX_STDIN_BYTES as u64 + 1;
     io::stdin()
         .take(limit)
@@ -52,20 +53,6 @@ fn stdin() -> Result<Vec<u8>> {
 
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_default()
-}
-
-fn info() -> Vec<u8> {
-    let version = RuntimeVersion {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        ..Default::default()
-    };
-    let info = RuntimeInfo {
-        name: "io.containerd.coffer.v2".to_owned(),
-        version: Some(version).into(),
-        ..Default::default()
-    };
-    info.write_to_bytes()
-        .expect("a message in memory can be written")
 }
 
 fn supervise() -> Result<()> {

@@ -21,6 +21,11 @@ pub const MAX_STDIN_BYTES: usize = 1 << 20;
 /// The Task API that we announce to those who ask for it.
 const TASK_API_VERSION: i32 = 3;
 
+/// Extensions of BootstrapParams that are runtime options; the others are for shims that know them.
+const OPTIONS: [&str; 2] = ["runtimeoptions.v1.Options", "containerd.runc.v1.Options"];
+/// Levels of BootstrapParams from here down are more verbose than "info".
+const LOG_LEVEL_DEBUG: i32 = -4;
+
 /// Why a command line or its input is not one of ours.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BootstrapError {
@@ -149,6 +154,8 @@ pub struct Input {
     pub options: Option<Any>,
     /// Where events go; empty where nobody takes them.
     pub events_address: String,
+    /// The parameters ask for debug lines. Before them there was only a flag.
+    pub debug: bool,
 }
 
 impl Input {
@@ -166,7 +173,7 @@ impl Input {
                 .iter()
                 .filter_map(|extension| extension.value.as_ref());
             let options = values
-                .find(|any| any.type_url.contains("runtimeoptions"))
+                .find(|any| OPTIONS.iter().any(|name| any.type_url.ends_with(name)))
                 .cloned();
             let given = [ttrpc_address, &params.containerd_ttrpc_address];
             let events_address = given
@@ -178,6 +185,7 @@ impl Input {
                 dialect: Dialect::Result,
                 options,
                 events_address,
+                debug: params.log_level.value() <= LOG_LEVEL_DEBUG,
             });
         }
         let options = Any::parse_from_bytes(stdin)
@@ -187,6 +195,7 @@ impl Input {
             dialect: Dialect::Address,
             options,
             events_address: ttrpc_address.to_owned(),
+            debug: false,
         })
     }
 }
@@ -327,6 +336,28 @@ mod tests {
             assert_eq!(input.events_address, events, "{caller}");
             assert_eq!(&answer(input.dialect, ADDRESS), bytes, "{caller}");
         }
+    }
+
+    #[test]
+    fn parameters_ask_for_debug_lines_and_bring_options_among_other_extensions() {
+        let extension = |any: Any| Extension {
+            value: Some(any).into(),
+            ..Default::default()
+        };
+        let other = Any {
+            type_url: "containerd.io/nri.v1.PluginConfig".into(),
+            ..Default::default()
+        };
+        let params = BootstrapParams {
+            instance_id: "p1".into(),
+            namespace: "k8s.io".into(),
+            log_level: containerd_shim_protos::bootstrap_api::LogLevel::LOG_LEVEL_DEBUG.into(),
+            extensions: vec![extension(other), extension(options())],
+            ..Default::default()
+        };
+        let args = Args::parse(words("-namespace k8s.io -id p1 start")).unwrap();
+        let input = Input::read(&args, &params.write_to_bytes().unwrap(), "").unwrap();
+        assert_eq!((input.debug, input.options), (true, Some(options())));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! Sandboxes of one containerd namespace have a state root of their own, so ids need to be unique only there.
 
 use super::bootstrap::{self, Args, BootstrapError, Input};
+use super::options::{self, OptionsError};
 use super::publisher::Publisher;
 use crate::check::{NoHypervisor, choose_hypervisor};
 use crate::cleanup::{self, CleanupError};
@@ -21,8 +22,8 @@ use crate::state::{ExitRecord, State};
 use crate::supervise::{SuperviseError, supervise};
 use coffer_proto::ids::{ContainerId, InvalidId, SandboxId};
 use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message;
 use protobuf::well_known_types::timestamp::Timestamp;
-use protobuf::{CodedInputStream, Message};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -35,6 +36,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The hidden first word with which this binary starts itself as the supervisor.
 pub const SUPERVISE: &str = "supervise";
+/// The file of the bundle with the supervisor's address.
+const ADDRESS: &str = "address";
 /// Longest answer of a supervisor that could not start.
 const MAX_ANSWER: u64 = 16 << 10;
 
@@ -46,9 +49,9 @@ pub enum StartError {
     #[error(transparent)]
     Id(#[from] InvalidId),
     #[error(transparent)]
+    Options(#[from] OptionsError),
+    #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("the runtime's options can't be parsed")]
-    Options(#[source] protobuf::Error),
     #[error(transparent)]
     Hypervisor(#[from] NoHypervisor),
     #[error("can't read {path}")]
@@ -81,9 +84,9 @@ pub struct Order {
 /// `start`, run in the bundle: gives the bytes to print.
 pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, StartError> {
     let input = Input::read(args, stdin, ttrpc_address)?;
-    let mut config = config_of(&input)?;
+    let mut config = options::config(input.options.as_ref())?;
     config.root = namespace_root(&config.root, &args.namespace)?;
-    config.debug |= args.debug;
+    config.debug |= args.debug || input.debug;
     let bundle = Path::new(".");
     let id = sandbox_of(bundle, &args.id)?;
     let socket = task_socket(&config.root, &id);
@@ -93,6 +96,7 @@ pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, 
         write_address(bundle, &address)?;
         return Ok(bootstrap::answer(input.dialect, &address));
     }
+    cleanup_after_a_crash(&config.root, &id, &socket)?;
     let choice = choose_hypervisor(config.hypervisor, &config.libexec())?;
     let order = Order {
         options: config.sandbox(id, choice.hypervisor),
@@ -102,44 +106,6 @@ pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, 
     let address = spawn_supervisor(bundle, &order)?;
     write_address(bundle, &address)?;
     Ok(bootstrap::answer(input.dialect, &address))
-}
-
-/// The configuration file, or what the handler's options in containerd's own configuration say.
-fn config_of(input: &Input) -> Result<Config, StartError> {
-    let Some(options) = &input.options else {
-        return Ok(Config::load(None)?);
-    };
-    let RuntimeOptions { path, body } =
-        RuntimeOptions::parse(&options.value).map_err(StartError::Options)?;
-    if !path.is_empty() {
-        return Ok(Config::load(Some(Path::new(&path)))?);
-    }
-    if !body.is_empty() {
-        return Ok(Config::parse(Path::new("containerd's options"), &body)?);
-    }
-    Ok(Config::load(None)?)
-}
-
-/// `runtimeoptions.v1.Options`: type_url = 1, config_path = 2, config_body = 3.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct RuntimeOptions {
-    path: String,
-    body: String,
-}
-
-impl RuntimeOptions {
-    fn parse(bytes: &[u8]) -> protobuf::Result<Self> {
-        let mut options = Self::default();
-        let mut stream = CodedInputStream::from_bytes(bytes);
-        while let Some(tag) = stream.read_raw_tag_or_eof()? {
-            match tag {
-                0x12 => options.path = stream.read_string()?,
-                0x1a => options.body = String::from_utf8_lossy(&stream.read_bytes()?).into_owned(),
-                _ => protobuf::rt::skip_field_for_tag(tag, &mut stream)?,
-            }
-        }
-        Ok(options)
-    }
 }
 
 fn namespace_root(root: &Path, namespace: &str) -> Result<PathBuf, StartError> {
@@ -155,16 +121,29 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<SandboxId, StartError> {
         annotations: HashMap<String, String>,
     }
     let path = bundle.join("config.json");
-    let text = fs::read(&path).map_err(|source| StartError::Read {
-        path: path.clone(),
-        source,
-    })?;
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        // A sandbox of the Sandbox API: it is described later, and by something else.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(SandboxId::new(id)?),
+        Err(source) => return Err(StartError::Read { path, source }),
+    };
     let spec: Annotated =
         serde_json::from_slice(&text).map_err(|source| StartError::Spec { path, source })?;
     let named = SANDBOX_ANNOTATIONS
         .iter()
         .find_map(|name| spec.annotations.get(*name));
     Ok(SandboxId::new(named.map_or(id, String::as_str))?)
+}
+
+/// A supervisor of this name that was killed, and that nobody deleted, is no reason to fail.
+fn cleanup_after_a_crash(root: &Path, id: &SandboxId, socket: &Path) -> Result<(), StartError> {
+    let Some(state) = State::load(root, id).map_err(CleanupError::from)? else {
+        return Ok(());
+    };
+    if state.supervisor.is_alive() || UnixStream::connect(socket).is_ok() {
+        return Ok(());
+    }
+    Ok(cleanup::cleanup(root, id)?)
 }
 
 fn spawn_supervisor(bundle: &Path, order: &Order) -> Result<String, StartError> {
@@ -206,8 +185,16 @@ fn log_of(bundle: &Path) -> Stdio {
 
 /// CRI-O and containerd 1.x look for the address here after a restart.
 fn write_address(bundle: &Path, address: &str) -> Result<(), StartError> {
-    let path = bundle.join("address");
+    let path = bundle.join(ADDRESS);
     fs::write(&path, address).map_err(|source| StartError::Write { path, source })
+}
+
+/// The state root and the sandbox that `start` chose for this bundle: `delete` is not told the handler's options.
+fn sandbox_at(bundle: &Path) -> Option<(PathBuf, SandboxId)> {
+    let address = fs::read_to_string(bundle.join(ADDRESS)).ok()?;
+    let dir = Path::new(address.strip_prefix("unix://")?).parent()?;
+    let id = SandboxId::new(dir.file_name()?.to_str()?).ok()?;
+    Some((dir.parent()?.to_owned(), id))
 }
 
 /// The supervisor itself: reads its [`Order`] from standard input and serves until its sandbox is deleted.
@@ -252,14 +239,19 @@ impl Drop for Stdout {
 
 /// `delete`: the supervisor is gone or never was. Cleans up and gives the DeleteResponse to print.
 pub fn delete(args: &Args) -> Result<Vec<u8>, StartError> {
-    let config = Config::load(None)?;
-    let root = namespace_root(&config.root, &args.namespace)?;
     let bundle = if args.bundle.is_empty() {
         Path::new(".")
     } else {
         Path::new(&args.bundle)
     };
-    let id = sandbox_of(bundle, &args.id).or_else(|_| SandboxId::new(args.id.clone()))?;
+    let (root, id) = match sandbox_at(bundle) {
+        Some(known) => known,
+        None => {
+            let root = namespace_root(&Config::load(None)?.root, &args.namespace)?;
+            let id = sandbox_of(bundle, &args.id).or_else(|_| SandboxId::new(args.id.clone()))?;
+            (root, id)
+        }
+    };
     let state = State::load(&root, &id).map_err(CleanupError::from)?;
     let alive = UnixStream::connect(task_socket(&root, &id)).is_ok();
     if !alive {
@@ -300,14 +292,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_a_path_or_a_body() {
-        let options = |bytes: &[u8]| RuntimeOptions::parse(bytes).unwrap();
-        assert_eq!(options(b"\x0a\x01t\x12\x02/c").path, "/c");
-        assert_eq!(options(b"\x1a\x09vcpus = 2").body, "vcpus = 2");
-        assert!(RuntimeOptions::parse(b"\x12\xff").is_err());
-    }
-
-    #[test]
     fn a_container_finds_its_pod_by_either_annotation() {
         let bundle = tempfile::tempdir().unwrap();
         let of = |json: &str| {
@@ -324,5 +308,26 @@ mod tests {
             "pod"
         );
         assert!(of(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../x"}}"#).is_err());
+    }
+
+    #[test]
+    fn a_sandbox_of_the_sandbox_api_has_no_spec() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(
+            String::from(sandbox_of(bundle.path(), "own").unwrap()),
+            "own"
+        );
+    }
+
+    #[test]
+    fn delete_finds_the_root_that_start_used() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(sandbox_at(bundle.path()), None);
+        write_address(bundle.path(), "unix:///other/ns/pod/task.sock").unwrap();
+        let pod = SandboxId::new("pod").unwrap();
+        assert_eq!(
+            sandbox_at(bundle.path()),
+            Some((PathBuf::from("/other/ns"), pod))
+        );
     }
 }
