@@ -21,6 +21,8 @@ pub struct Before {
 
 impl Before {
     pub fn take() -> Self {
+        // The first runtime makes a pair of sockets for signals, which stay for the life of the process.
+        drop(tokio::runtime::Runtime::new().expect("a runtime"));
         Self {
             links: links(),
             open_files: open_files(),

@@ -9,6 +9,7 @@
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
 
 pub mod bundle;
+pub mod cri;
 pub mod leaks;
 pub mod task;
 

@@ -41,6 +41,7 @@ const PACKAGES: &[&str] = &[
     // what tests compare with and drive
     "runc",
     "containerd",
+    "containernetworking-plugins",
     "podman",
     "conmon",
     "buildah",
