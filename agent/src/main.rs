@@ -6,6 +6,7 @@
 //!                     rpc.rs    one short method per verb ──► sandbox.rs ──► container/
 //!                     reaper.rs SIGCHLD ──► the process's exit
 //!                     streams.rs one vsock connection per stdio stream
+//!                     forward.rs one per TCP connection that the host makes to the guest's loopback
 //! ```
 //!
 //! The agent has threads, and a process with threads can't safely run code between fork and exec. Whatever must
@@ -15,6 +16,7 @@ mod boot;
 mod console;
 mod container;
 mod events;
+mod forward;
 mod guest;
 mod home;
 mod init;

@@ -1,5 +1,5 @@
 //! Standard streams: each is one vsock connection of the host, and its bytes are raw. The handshake is in
-//! [`coffer_proto::stream`].
+//! [`coffer_proto::stream`]. Connections to the guest's loopback come in the same way and are for [`crate::forward`].
 //!
 //! ```text
 //! host ── vsock ──► stdin   connection ─► pipe    the host's shutdown closes the pipe
@@ -10,12 +10,14 @@
 //! holds it, however long the process that got it first is gone. Nobody buffers more than one read ([`COPY_BYTES`]): a side
 //! that stops reading stops the other by the pipe's or vsock's own flow control.
 
+use crate::forward;
 use crate::process::ProcessId;
 use crate::rpc::one_line;
 use crate::sandbox::Sandbox;
 use coffer_proto::limits::STREAM_PORT;
 use coffer_proto::stream::{ATTACHED, Hello, MAX_HELLO, REFUSED, Stream};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
@@ -56,6 +58,8 @@ pub enum HelloError {
     Malformed(#[source] serde_json::Error),
     #[error("the hello's name is not valid")]
     Name(#[source] coffer_proto::ids::InvalidId),
+    #[error("{0} is not on the loopback")]
+    Address(SocketAddr),
 }
 
 impl Listener {
@@ -89,18 +93,17 @@ async fn serve_connection<C>(mut connection: C, sandbox: Arc<Sandbox>)
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
-    let attached = match timeout(HELLO_DEADLINE, read_hello(&mut connection))
-        .await
-        .unwrap_or(Err(HelloError::Late))
-    {
-        Ok((process, stream)) => match sandbox.attach(&process, stream) {
-            Ok(end) => end,
-            Err(error) => return refuse(connection, one_line(&error)).await,
-        },
+    let asked = timeout(HELLO_DEADLINE, read_hello(&mut connection)).await;
+    let (process, stream) = match asked.unwrap_or(Err(HelloError::Late)) {
+        Ok(Asked::Stdio(process, stream)) => (process, stream),
+        Ok(Asked::Forward(to)) => return forward::serve(connection, to).await,
         Err(error) => return refuse(connection, one_line(&error)).await,
     };
-    // An error means that the host closed its end: the pipe closes with it, and the writer gets its SIGPIPE.
-    let _ = attached.carry(&mut connection).await;
+    match sandbox.attach(&process, stream) {
+        // An error means that the host closed its end: the pipe closes with it, and the writer gets its SIGPIPE.
+        Ok(end) => drop(end.carry(&mut connection).await),
+        Err(error) => refuse(connection, one_line(&error)).await,
+    }
 }
 
 async fn refuse<C: AsyncWrite + Unpin>(mut connection: C, reason: String) {
@@ -108,9 +111,14 @@ async fn refuse<C: AsyncWrite + Unpin>(mut connection: C, reason: String) {
     let _ = connection.write_all(&[REFUSED]).await;
 }
 
-async fn read_hello<C: AsyncRead + Unpin>(
-    connection: &mut C,
-) -> Result<(ProcessId, Stream), HelloError> {
+/// A hello that was checked.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    Stdio(ProcessId, Stream),
+    Forward(SocketAddr),
+}
+
+async fn read_hello<C: AsyncRead + Unpin>(connection: &mut C) -> Result<Asked, HelloError> {
     let length = usize::from(connection.read_u16_le().await.map_err(HelloError::Read)?);
     if length > MAX_HELLO {
         return Err(HelloError::TooLong(length));
@@ -120,9 +128,18 @@ async fn read_hello<C: AsyncRead + Unpin>(
         .read_exact(&mut json)
         .await
         .map_err(HelloError::Read)?;
-    let hello = Hello::decode(&json).map_err(HelloError::Malformed)?;
-    let process = ProcessId::new(&hello.container_id, &hello.exec_id).map_err(HelloError::Name)?;
-    Ok((process, hello.stream))
+    match Hello::decode(&json).map_err(HelloError::Malformed)? {
+        Hello::Stdio {
+            container_id,
+            exec_id,
+            stream,
+        } => {
+            let process = ProcessId::new(&container_id, &exec_id).map_err(HelloError::Name)?;
+            Ok(Asked::Stdio(process, stream))
+        }
+        Hello::Forward { to } if to.ip().is_loopback() => Ok(Asked::Forward(to)),
+        Hello::Forward { to } => Err(HelloError::Address(to)),
+    }
 }
 
 /// The agent's end of one stream of a process, free to be carried by one connection. A terminal's master is an input and
@@ -224,16 +241,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_hello_names_the_stream() {
-        let hello = Hello {
+        let hello = Hello::Stdio {
             container_id: "c".into(),
             exec_id: "e".into(),
             stream: Stream::Stdout,
         };
-        let (process, stream) = read_hello(&mut &hello.encode()[..]).await.unwrap();
-        assert_eq!(
-            (process.to_string().as_str(), stream),
-            ("exec e of container c", Stream::Stdout)
-        );
+        let asked = read_hello(&mut &hello.encode()[..]).await.unwrap();
+        let process = ProcessId::new("c", "e").unwrap();
+        assert_eq!(asked, Asked::Stdio(process, Stream::Stdout));
     }
 
     #[tokio::test]
@@ -250,8 +265,13 @@ mod tests {
             case(with_length(b"{}")).await,
             HelloError::Malformed(_)
         ));
-        let name = br#"{"container_id":"../c","exec_id":"","stream":"stdin"}"#;
+        let name = br#"{"stdio":{"container_id":"../c","exec_id":"","stream":"stdin"}}"#;
         assert!(matches!(case(with_length(name)).await, HelloError::Name(_)));
+        let address = br#"{"forward":{"to":"10.0.0.1:80"}}"#;
+        assert!(matches!(
+            case(with_length(address)).await,
+            HelloError::Address(_)
+        ));
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! One stdio stream is one vsock connection, and its bytes are raw.
+//! One stdio stream, or one TCP connection to the guest's loopback, is one vsock connection, and its bytes are raw.
 //!
 //! ```text
 //! shim  ── connect, STREAM_PORT ──►  agent
@@ -11,24 +11,32 @@
 //! writes and its write-side shutdown is the end of input. For stdout and stderr the agent writes, and its shutdown
 //! comes after the last byte that the process, or a child that inherited the stream, wrote. With a terminal only
 //! stdin and stdout exist. Back-pressure is vsock's own credit; nobody buffers more than one read.
+//!
+//! For a TCP connection the agent answers once it has connected, and each side's shutdown is the end of what it sends.
 
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 
 /// Longest JSON of a [`Hello`]: three names of 76 characters and their keys fit many times.
 pub const MAX_HELLO: usize = 1024;
 /// Answer to a hello that was taken.
 pub const ATTACHED: u8 = 0;
-/// Answer to a hello that names no such stream, or one that is attached already.
+/// Answer to a hello that names no such stream, one that is attached already, or an address where nobody listens.
 pub const REFUSED: u8 = 1;
 
-/// Names the stream which the connection will carry.
+/// What the connection will carry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Hello {
-    pub container_id: String,
-    /// Empty for the container's init process.
-    pub exec_id: String,
-    pub stream: Stream,
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Hello {
+    /// A standard stream of a process.
+    Stdio {
+        container_id: String,
+        /// Empty for the container's init process.
+        exec_id: String,
+        stream: Stream,
+    },
+    /// A TCP connection to an address of the guest's loopback, 127.0.0.0/8 or ::1.
+    Forward { to: SocketAddr },
 }
 
 /// Which of a process's standard streams.
@@ -43,7 +51,7 @@ pub enum Stream {
 impl Hello {
     /// The bytes to send: length and JSON.
     pub fn encode(&self) -> Vec<u8> {
-        let json = serde_json::to_vec(self).expect("strings and an enum always serialise");
+        let json = serde_json::to_vec(self).expect("strings, enums and addresses always serialise");
         let length = u16::try_from(json.len()).expect("ids are at most 76 characters");
         [&length.to_le_bytes()[..], &json].concat()
     }
@@ -60,16 +68,21 @@ mod tests {
 
     #[test]
     fn a_hello_survives_the_wire() {
-        let hello = Hello {
+        let stdio = Hello::Stdio {
             container_id: "c".into(),
             exec_id: String::new(),
             stream: Stream::Stderr,
         };
-        let wire = hello.encode();
-        assert_eq!(
-            usize::from(u16::from_le_bytes([wire[0], wire[1]])),
-            wire.len() - 2
-        );
-        assert_eq!(Hello::decode(&wire[2..]).unwrap(), hello);
+        let forward = Hello::Forward {
+            to: "[::1]:80".parse().unwrap(),
+        };
+        for hello in [stdio, forward] {
+            let wire = hello.encode();
+            assert_eq!(
+                usize::from(u16::from_le_bytes([wire[0], wire[1]])),
+                wire.len() - 2
+            );
+            assert_eq!(Hello::decode(&wire[2..]).unwrap(), hello);
+        }
     }
 }

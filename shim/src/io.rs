@@ -16,6 +16,7 @@ use coffer_proto::limits::STREAM_PORT;
 use coffer_proto::stream::{ATTACHED, Hello, Stream};
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -196,7 +197,7 @@ fn enlarge(fifo: &pipe::Sender) {
     let _ = nix::fcntl::fcntl(fifo.as_fd(), nix::fcntl::FcntlArg::F_SETPIPE_SZ(FIFO_BYTES));
 }
 
-/// Makes stream connections into one VM.
+/// Makes connections into one VM.
 #[derive(Debug)]
 pub struct Dialer {
     /// The sandbox's directory: sockets are reached through it, whatever the length of its path.
@@ -219,7 +220,7 @@ impl Dialer {
 
     async fn attach(&self, key: &ProcessKey, stream: Stream) -> Result<UnixStream, StdioError> {
         let name = name(stream);
-        let hello = Hello {
+        let hello = Hello::Stdio {
             container_id: key.container.to_string(),
             exec_id: key
                 .exec
@@ -240,6 +241,11 @@ impl Dialer {
                 deadline: self.deadline,
             }),
         }
+    }
+
+    /// A connection to `to`, an address of the guest's loopback. None: nobody listens there.
+    pub async fn forward(&self, to: SocketAddr) -> io::Result<Option<UnixStream>> {
+        timeout(self.deadline, self.shake_hands(&Hello::Forward { to })).await?
     }
 
     /// None: the agent knows no such stream.

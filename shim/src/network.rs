@@ -12,10 +12,13 @@
 //! Frames are redirected before the host's stack sees them, so the addresses can stay where the plugin put them. All
 //! netlink work happens on a thread of its own that entered the namespace; the tap's fd then works from everywhere.
 
+mod forward;
 mod guest;
+mod lookup;
 mod tap;
 mod watch;
 
+pub use forward::{PortForward, probe as probe_port_forward};
 pub use watch::watch;
 
 use coffer_proto::agent;
@@ -38,6 +41,8 @@ const TAP_PREFIX: &str = "cfr";
 pub enum NetworkError {
     #[error("can't enter the network namespace {path}")]
     Enter { path: PathBuf, source: io::Error },
+    #[error("can't open a netlink socket")]
+    Socket(#[source] io::Error),
     #[error("can't {what}")]
     Netlink {
         what: String,
@@ -255,44 +260,44 @@ where
     W: FnOnce(Handle) -> F + Send + 'static,
     F: Future<Output = Result<T, NetworkError>>,
 {
+    in_netns(netns, move |_| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .map_err(NetworkError::Socket)?;
+        runtime.block_on(async {
+            let (connection, handle, _) =
+                rtnetlink::new_connection().map_err(NetworkError::Socket)?;
+            tokio::spawn(connection);
+            work(handle).await
+        })
+    })
+    .await?
+}
+
+/// Runs blocking work on a thread that has entered the namespace, and ends with it. The work gets the namespace's file.
+async fn in_netns<T, W>(netns: &Path, work: W) -> Result<T, NetworkError>
+where
+    T: Send + 'static,
+    W: FnOnce(&File) -> T + Send + 'static,
+{
     let path = netns.to_owned();
     let (done, result) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
-        let _ = done.send(enter_and_run(&path, work));
+        let _ = done.send(enter(&path).map(|file| work(&file)));
     });
     result.await.map_err(|_| NetworkError::Thread)?
 }
 
 /// Moves the calling thread into a network namespace, for good.
-fn enter(path: &Path) -> Result<(), NetworkError> {
-    let fail = |source| NetworkError::Enter {
-        path: path.to_owned(),
-        source,
-    };
-    let file = File::open(path).map_err(fail)?;
-    setns(&file, CloneFlags::CLONE_NEWNET).map_err(|e| fail(e.into()))
-}
-
-fn enter_and_run<T, W, F>(path: &Path, work: W) -> Result<T, NetworkError>
-where
-    W: FnOnce(Handle) -> F,
-    F: Future<Output = Result<T, NetworkError>>,
-{
+fn enter(path: &Path) -> Result<File, NetworkError> {
     let fail = |source| NetworkError::Enter {
         path: path.to_owned(),
         source,
     };
     let file = File::open(path).map_err(fail)?;
     setns(&file, CloneFlags::CLONE_NEWNET).map_err(|e| fail(e.into()))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(fail)?;
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(fail)?;
-        tokio::spawn(connection);
-        work(handle).await
-    })
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -1,6 +1,10 @@
 //! The pod's network namespace, carried into the VM.
 
 use coffer_tests::{Background, Test, asset, finish_with_input, host, noise, wait_for};
+use nix::sched::{CloneFlags, setns};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::process::{Command, Stdio};
 
 /// Two namespaces joined by a veth: `pod` goes to the sandbox, `peer` is the world. Both vanish at the end.
@@ -70,6 +74,16 @@ impl Wire {
             .args(command)
             .stdin(Stdio::null());
         ip
+    }
+
+    /// Runs something in the pod's namespace on the host.
+    fn in_pod<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let netns = File::open(format!("/run/netns/{}", self.pod)).unwrap();
+        let thread = || {
+            setns(&netns, CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(thread).join().unwrap())
     }
 
     fn start<'t>(&self, test: &'t Test) -> Background<'t> {
@@ -184,4 +198,96 @@ fn a_network_that_comes_after_the_boot_is_attached() {
     wait_for("the new address", || {
         sandbox.sh("cat /proc/net/fib_trie").contains("10.9.0.77")
     });
+}
+
+/// A server on the guest's loopback: sends back what it gets, and after the client's end of file a last word.
+const SERVER: &str = r#"
+use IO::Socket::IP;
+$SIG{CHLD} = 'IGNORE';
+my $l = IO::Socket::IP->new(LocalHost => $ARGV[0], LocalPort => $ARGV[1], Type => SOCK_STREAM, Listen => 16, V6Only => 1) or die "listen: $@";
+while (my $s = $l->accept) {
+    next if fork;
+    while (sysread($s, my $b, 65536)) { for (my $o = 0; $o < length $b;) { $o += syswrite($s, $b, length($b) - $o, $o) // die } }
+    syswrite($s, "bye");
+    exit;
+}
+"#;
+
+fn serve_in_guest(sandbox: &Background<'_>, address: &str, port: u16) {
+    let start = r#"perl -e "$0" "$1" "$2" < /dev/null > /dev/null 2>&1 &"#;
+    let done = sandbox.exec(&["sh", "-c", start, SERVER, address, &port.to_string()]);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    let listens = format!("grep -q ':{port:04X} .* 0A ' /proc/net/tcp /proc/net/tcp6");
+    wait_for("the guest's server to listen", || {
+        sandbox.exec(&["sh", "-c", &listens]).code == 0
+    });
+}
+
+/// Sends bytes, ends its side, and wants them back and a word that came after the end.
+fn talk(address: &str, bytes: &[u8]) {
+    let mut client = TcpStream::connect(address).unwrap();
+    assert_eq!(client.peer_addr().unwrap().to_string(), address);
+    let mut sender = client.try_clone().unwrap();
+    let mut got = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            sender.write_all(bytes).unwrap();
+            sender.shutdown(Shutdown::Write).unwrap();
+        });
+        client.read_to_end(&mut got).unwrap();
+    });
+    assert!(
+        got.strip_suffix(b"bye") == Some(bytes),
+        "{} bytes came back of {}",
+        got.len(),
+        bytes.len()
+    );
+}
+
+#[test]
+fn connections_to_loopback_in_the_pods_namespace_reach_the_guest() {
+    let test = Test::new("forward");
+    let wire = Wire::unconnected(&test);
+    wire.connect();
+    let sandbox = wire.start(&test);
+    serve_in_guest(&sandbox, "127.0.0.1", 8080);
+    serve_in_guest(&sandbox, "::1", 8081);
+    serve_in_guest(&sandbox, "127.0.0.9", 8082);
+    wire.in_pod(|| {
+        talk("127.0.0.1:8080", b"four");
+        talk("[::1]:8081", b"six");
+        talk("127.0.0.9:8082", b"another address");
+        // What serves port-forward says "localhost" and would try the other family, were it refused.
+        talk("127.0.0.1:8081", b"six, by way of four");
+        talk("127.0.0.1:8080", &noise(10 << 20, 3));
+
+        // A refused connection is one that is reset at once; what listens on the host does not come in between.
+        let mut nobody = TcpStream::connect("127.0.0.1:8089").unwrap();
+        let reset = nobody.read(&mut [0]).unwrap_err();
+        assert_eq!(reset.kind(), io::ErrorKind::ConnectionReset);
+        let _host = std::net::TcpListener::bind("127.0.0.1:8090").unwrap();
+        let mut guests = TcpStream::connect("127.0.0.1:8090").unwrap();
+        assert!(guests.read(&mut [0]).is_err());
+
+        let many: Vec<_> = (0..40)
+            .map(|_| TcpStream::connect("127.0.0.1:8080").unwrap())
+            .collect();
+        for (i, mut client) in many.into_iter().enumerate() {
+            let word = i.to_string();
+            client.write_all(word.as_bytes()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut got = String::new();
+            client.read_to_string(&mut got).unwrap();
+            assert_eq!(got, format!("{word}bye"));
+        }
+    });
+
+    // The end of the sandbox is the end of its connections, and the namespace is the host's again.
+    let mut open = wire.in_pod(|| TcpStream::connect("127.0.0.1:8080").unwrap());
+    open.write_all(b"x").unwrap();
+    open.read_exact(&mut [0]).unwrap();
+    drop(sandbox);
+    assert!(matches!(open.read(&mut [0]), Ok(0) | Err(_)));
+    let refused = wire.in_pod(|| TcpStream::connect("127.0.0.1:8080").unwrap_err());
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
 }

@@ -25,7 +25,7 @@ type Probe = (
     &'static str,
 );
 
-const PROBES: [Probe; 8] = [
+const PROBES: [Probe; 9] = [
     ("root", NeededBy::Everything, root, "run coffer as root"),
     (
         "namespaces",
@@ -68,6 +68,12 @@ const PROBES: [Probe; 8] = [
         NeededBy::Optional,
         tun,
         "load the module tun; without it VMs have no network",
+    ),
+    (
+        "port-forward",
+        NeededBy::Optional,
+        port_forward,
+        "use Linux 5.9 or newer with CONFIG_BPF_SYSCALL and CONFIG_INET; without it port-forward does not reach a VM",
     ),
 ];
 
@@ -217,6 +223,10 @@ fn tun() -> Result<String, String> {
     opened
         .map(|_| "/dev/net/tun".into())
         .map_err(|error| format!("/dev/net/tun: {}", error.desc()))
+}
+
+fn port_forward() -> Result<String, String> {
+    crate::network::probe_port_forward().map(|()| "by BPF socket lookup".into())
 }
 
 /// The directory is made when the first sandbox is, so here its nearest existing parent counts.

@@ -14,7 +14,7 @@ pub use parts::{BootCause, open_console};
 use crate::agent::{Agent, AgentError};
 use crate::cleanup;
 use crate::io::Dialer;
-use crate::network;
+use crate::network::{self, PortForward};
 use crate::share::Share;
 use crate::state::{Clock, Phase, StateFile};
 use crate::vmm::{Vmm, VmmError, chain};
@@ -23,7 +23,7 @@ use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::time::timeout;
@@ -66,12 +66,14 @@ pub struct Machine {
     pub agent: Agent,
     pub vmm: Vmm,
     pub share: Share,
-    pub dialer: Dialer,
+    pub dialer: Arc<Dialer>,
     fsd: Child,
     console: File,
     slowness: u32,
     /// The pod's network, where it has one.
     wiring: Option<Wiring>,
+    /// Where the pod has a network and this kernel can do it.
+    _port_forward: Option<PortForward>,
 }
 
 /// What ends or wakes the watch over a machine.
@@ -183,7 +185,11 @@ async fn assemble(
     };
     phases.guest(&vmm, guest)?;
 
-    let dialer = Dialer::new(&dir, slowness).map_err(BootCause::Socket)?;
+    let dialer = Arc::new(Dialer::new(&dir, slowness).map_err(BootCause::Socket)?);
+    let port_forward = match &pod.netns {
+        Some(netns) => forward_ports(netns, &dialer).await,
+        None => None,
+    };
     let wiring = pod
         .netns
         .clone()
@@ -197,7 +203,16 @@ async fn assemble(
         console,
         slowness,
         wiring,
+        _port_forward: port_forward,
     })
+}
+
+/// Nothing else of a pod depends on port-forward: without it, the log says why.
+async fn forward_ports(netns: &Path, dialer: &Arc<Dialer>) -> Option<PortForward> {
+    let started = PortForward::start(netns, dialer.clone()).await;
+    started
+        .inspect_err(|error| tracing::warn!(error = chain(error), "no port-forward into the guest"))
+        .ok()
 }
 
 fn start_request(

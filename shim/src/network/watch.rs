@@ -32,18 +32,14 @@ pub fn watch(netns: &Path) -> mpsc::Receiver<()> {
 }
 
 fn watch_here(netns: &Path, changed: &mpsc::Sender<()>) -> Result<(), NetworkError> {
-    let fail = |source| NetworkError::Enter {
-        path: netns.to_owned(),
-        source,
-    };
     enter(netns)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(fail)?;
+        .map_err(NetworkError::Socket)?;
     runtime.block_on(async {
         let (connection, _handle, mut messages) =
-            new_multicast_connection(&GROUPS).map_err(fail)?;
+            new_multicast_connection(&GROUPS).map_err(NetworkError::Socket)?;
         tokio::spawn(connection);
         loop {
             tokio::select! {
