@@ -3,6 +3,7 @@
 use coffer_proto::vmm::{
     self, CONTROL_FD, ControlError, Event, Exit, Files, FromVmm, Reply, Request,
 };
+use nix::sys::socket::{getsockopt, sockopt};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The socket. The event loop reads it; replies and events may block while the shim doesn't read, which is its choice.
@@ -36,10 +37,28 @@ impl Control {
     }
 }
 
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl AsRawFd for Control {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// A pidfd of the supervisor: of the process that made the control socket. It tells the supervisor's end even where somebody
+/// else still holds its end of the socket. None where the kernel can't tell, for example across PID namespaces.
+#[allow(unsafe_code)]
+pub fn supervisor(control: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let pid = getsockopt(&control, sockopt::PeerCredentials).ok()?.pid();
+    // SAFETY: plain system call; what it returns belongs to nobody else.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: the kernel just opened it for us.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[allow(unsafe_code)]

@@ -42,6 +42,8 @@ enum Token {
         slot: u16,
         token: u16,
     },
+    /// The supervisor's process ended.
+    Supervisor,
 }
 
 impl Token {
@@ -51,6 +53,7 @@ impl Token {
             Self::Wake => (1, 0, 0),
             Self::Queue { slot, queue } => (2, slot, queue),
             Self::Source { slot, token } => (3, slot, token),
+            Self::Supervisor => (4, 0, 0),
         };
         kind << 32 | u64::from(slot) << 16 | u64::from(low)
     }
@@ -61,7 +64,8 @@ impl Token {
             0 => Self::Control,
             1 => Self::Wake,
             2 => Self::Queue { slot, queue: low },
-            _ => Self::Source { slot, token: low },
+            3 => Self::Source { slot, token: low },
+            _ => Self::Supervisor,
         }
     }
 }
@@ -80,6 +84,8 @@ pub struct EventLoop {
     epoll: Epoll,
     machine: Machine,
     control: Control,
+    /// Its pidfd, watched for its end.
+    _supervisor: Option<OwnedFd>,
     metrics: ProcessMetrics,
     /// Files watched for each slot while it is active.
     watched: Vec<Vec<RawFd>>,
@@ -91,7 +97,13 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    pub fn new(machine: Machine, control: Control, metrics: ProcessMetrics) -> io::Result<Self> {
+    /// `supervisor`: a pidfd, where there is one.
+    pub fn new(
+        machine: Machine,
+        control: Control,
+        supervisor: Option<OwnedFd>,
+        metrics: ProcessMetrics,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let watch = |fd: RawFd, token: Token| {
             epoll.ctl(
@@ -102,11 +114,15 @@ impl EventLoop {
         };
         watch(control.as_raw_fd(), Token::Control)?;
         watch(machine.wake.as_raw_fd(), Token::Wake)?;
+        if let Some(supervisor) = &supervisor {
+            watch(supervisor.as_raw_fd(), Token::Supervisor)?;
+        }
         let watched = vec![Vec::new(); machine.slots.len()];
         Ok(Self {
             epoll,
             machine,
             control,
+            _supervisor: supervisor,
             metrics,
             watched,
             pausing: None,
@@ -147,6 +163,7 @@ impl EventLoop {
                     Token::Source { slot, token } => {
                         self.source_event(usize::from(slot), token, event.event_set())
                     }
+                    Token::Supervisor => Some(Exit::Stopped),
                 };
                 if let Some(exit) = exit {
                     return exit;

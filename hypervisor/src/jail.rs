@@ -174,3 +174,39 @@ fn limit(resource: Resource, value: u64, what: &'static str) -> Result<(), JailE
     let value = value.min(hard);
     setrlimit(resource, value, value).map_err(step(what))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// LANDLOCK_CREATE_RULESET_VERSION.
+    #[allow(unsafe_code)]
+    fn kernel_has_landlock() -> bool {
+        // SAFETY: without a structure, the call only tells a version.
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) > 0 }
+    }
+
+    /// In a thread, since the rules hold for the thread that takes them.
+    #[test]
+    fn who_may_not_write_can_still_read_and_use_dev_null() {
+        let directory = tempfile::tempdir().unwrap();
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+        std::fs::write(&old, "text").unwrap();
+        let jailed = move || {
+            forbid_writes().unwrap();
+            assert_eq!(std::fs::read_to_string(&old).unwrap(), "text");
+            std::fs::write("/dev/null", "x").unwrap();
+            let changes = [
+                std::fs::write(&old, "other"),
+                std::fs::write(&new, ""),
+                std::fs::create_dir(&new),
+                std::fs::remove_file(&old),
+            ];
+            changes.map(|change| change.map_err(|error| error.raw_os_error()))
+        };
+        let changes = std::thread::spawn(jailed).join().unwrap();
+        if kernel_has_landlock() {
+            assert_eq!(changes, [Err(Some(libc::EACCES)); 4]);
+        }
+    }
+}

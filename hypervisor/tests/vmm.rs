@@ -5,7 +5,7 @@ mod shim;
 
 use coffer_proto::limits::{BOOT_TIMER_PORT, MAX_BOOT_PHASES};
 use coffer_proto::vmm::{Event, Exit, FromVmm, Reply, Request};
-use shim::{Setup, Vmm, elf};
+use shim::{Setup, Supervisor, Vmm, elf};
 use std::time::{Duration, Instant};
 
 /// `mov eax, value; mov edx, BOOT_TIMER_PORT; out dx, eax`
@@ -323,6 +323,20 @@ fn the_end_of_the_shim_ends_the_vmm() {
 }
 
 #[test]
+fn the_end_of_the_shims_process_ends_the_vmm_though_its_socket_stays_open() {
+    let supervisor = std::rc::Rc::new(Supervisor::new());
+    let mut vmm = Vmm::start(&program(&[&phase(1), &SPIN]), &|setup: &mut Setup| {
+        let supervisor = supervisor.clone();
+        setup.control = Box::new(move || supervisor.control());
+    });
+    assert_eq!(vmm.message(), FromVmm::Reply(Reply::Done));
+    vmm.event();
+    supervisor.die();
+    assert_eq!(vmm.until_exit().1, Exit::Stopped);
+    assert!(vmm.wait().success());
+}
+
+#[test]
 fn the_process_is_locked_up() {
     let mut vmm = Vmm::boot(&program(&[&phase(1), &SPIN]));
     vmm.event();
@@ -382,6 +396,7 @@ fn the_process_is_locked_up() {
             "/dev/null",
             "socket:",
             "anon_inode:",
+            "pidfd:",
             "/memfd:",
             "pipe:",
             "/dev/kvm",

@@ -10,7 +10,7 @@ use coffer_hypervisor::seccomp::{self, ThreadClass};
 use coffer_hypervisor::{clock, jail};
 use coffer_proto::vmm::{CONTROL_FD, Exit, Files, Reply, Request, VmConfig};
 use kvm_ioctls::Kvm;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -30,6 +30,7 @@ fn run() -> anyhow::Result<Exit> {
     let control =
         Control::inherited().context("there is no control socket; the shim starts this program")?;
     control::report_panics();
+    let supervisor = control::supervisor(control.as_fd());
     let (request, files) = control.receive()?;
     let Request::Boot(config) = request else {
         bail!("the first request is not Boot")
@@ -37,7 +38,7 @@ fn run() -> anyhow::Result<Exit> {
     match boot(&config, files) {
         Ok((machine, metrics)) => {
             control.reply(Reply::Done)?;
-            Ok(EventLoop::new(machine, control, metrics)?.run())
+            Ok(EventLoop::new(machine, control, supervisor, metrics)?.run())
         }
         Err(error) => {
             control.reply(Reply::Failed {

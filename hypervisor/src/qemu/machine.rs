@@ -49,6 +49,8 @@ pub struct Machine {
     vsock: Served,
     /// A copy of the virtio-fs socket, only to see the other end go.
     fs: Option<OwnedFd>,
+    /// The supervisor's pidfd, only to see it end.
+    supervisor: Option<OwnedFd>,
     slots: Vec<Slot>,
     started: Instant,
     ready_us: Option<u64>,
@@ -60,7 +62,12 @@ pub struct Machine {
 
 impl Machine {
     /// Makes the machine and lets it run.
-    pub fn boot(config: &VmConfig, mut files: Files, started: Instant) -> Result<Self, Error> {
+    pub fn boot(
+        config: &VmConfig,
+        mut files: Files,
+        supervisor: Option<OwnedFd>,
+        started: Instant,
+    ) -> Result<Self, Error> {
         lock_up(config.uid)?;
         let muxer = muxer(config, &mut files)?;
         let (vsock, qemu_vsock) = vsock::serve(config.vsock.guest_cid, muxer)?;
@@ -96,6 +103,7 @@ impl Machine {
             console,
             vsock,
             fs,
+            supervisor,
             slots: config.nics.iter().map(Slot::at_boot).collect(),
             started,
             ready_us: None,
@@ -133,6 +141,10 @@ impl Machine {
                 });
                 self.fs = None;
             }
+            if ready.supervisor {
+                self.end(Exit::Stopped);
+                self.supervisor = None;
+            }
             if ready.control {
                 self.serve_request(control)?;
             }
@@ -151,22 +163,28 @@ impl Machine {
             PollFd::new(self.qemu.stderr(), readable),
             PollFd::new(self.vsock.as_fd(), readable),
         ];
-        if let Some(fs) = &self.fs {
+        let fs = self.fs.as_ref().map(|fs| {
             // Its messages are QEMU's. Only the hang-up is reported, which needs no asking.
             fds.push(PollFd::new(fs.as_fd(), PollFlags::empty()));
-        }
+            fds.len() - 1
+        });
+        let supervisor = self.supervisor.as_ref().map(|supervisor| {
+            fds.push(PollFd::new(supervisor.as_fd(), readable));
+            fds.len() - 1
+        });
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(Error::host("wait for events")(error)),
         }
-        let is = |index: usize| fds.get(index).and_then(PollFd::any).unwrap_or(false);
+        let is = |index: usize| fds[index].any().unwrap_or(false);
         Ok(Ready {
             control: is(0),
             qmp: is(1),
             console: is(2),
             stderr: is(3),
             dialled: is(4),
-            fs: is(5),
+            fs: fs.is_some_and(is),
+            supervisor: supervisor.is_some_and(is),
         })
     }
 
@@ -377,6 +395,7 @@ struct Ready {
     stderr: bool,
     dialled: bool,
     fs: bool,
+    supervisor: bool,
 }
 
 /// QEMU's own words say why it did not start, where there are any.

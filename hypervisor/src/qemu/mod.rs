@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Neither process keeps privileges ([`process::lock_up`], [`process::lock_up_further`]); QEMU gets every file open. QEMU dies with us, and we end
-//! when the shim's end of fd 3 closes.
+//! when the shim's end of fd 3 closes or its process ends.
 //!
 //! Without a `/dev/kvm` in the configuration the guest runs under software emulation (TCG).
 
@@ -84,9 +84,10 @@ impl Error {
 /// Serves one machine over `control` until it ended or the shim is gone.
 pub fn run(control: &OwnedFd) -> Result<(), Error> {
     let started = Instant::now();
+    let supervisor = crate::control::supervisor(control.as_fd());
     let (request, files): (Request, Files) = vmm::receive(control.as_fd())?;
     let booted = match request {
-        Request::Boot(config) => Machine::boot(&config, files, started),
+        Request::Boot(config) => Machine::boot(&config, files, supervisor, started),
         _ => Err(Error::NotBoot),
     };
     let mut machine = match booted {

@@ -23,6 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Setup {
     pub config: VmConfig,
     pub initrd: Vec<u8>,
+    /// Makes the control socket: our end and the hypervisor's.
+    pub control: Box<dyn Fn() -> (OwnedFd, OwnedFd)>,
     /// Which hypervisor process.
     pub program: &'static str,
 }
@@ -58,6 +60,7 @@ impl Vmm {
         let mut setup = Setup {
             config: config(),
             initrd: b"initrd".to_vec(),
+            control: Box::new(control_socket),
             program: env!("CARGO_BIN_EXE_coffer-vmm"),
         };
         change(&mut setup);
@@ -72,13 +75,7 @@ impl Vmm {
             .open(accelerator)
             .expect("these tests need /dev/kvm");
         let (kernel, initrd) = (file(kernel), file(&setup.initrd));
-        let (control, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (control, theirs) = (setup.control)();
         setsockopt(
             &control,
             sockopt::ReceiveTimeout,
@@ -188,6 +185,72 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+fn control_socket() -> (OwnedFd, OwnedFd) {
+    socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap()
+}
+
+/// A process that made a control socket, gave it away, and does nothing any more.
+pub struct Supervisor {
+    pid: nix::unistd::Pid,
+    control: OwnedFd,
+    theirs: OwnedFd,
+}
+
+impl Supervisor {
+    #[allow(unsafe_code)]
+    pub fn new() -> Self {
+        let (near, far) = control_socket();
+        // SAFETY: the child makes system calls only; what it allocates it takes from its own copy of the heap.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let (control, theirs) = control_socket();
+                vmm::send(
+                    far.as_fd(),
+                    &Request::Stop,
+                    &[control.as_fd(), theirs.as_fd()],
+                )
+                .unwrap();
+                loop {
+                    nix::unistd::pause();
+                }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                let (_, mut files): (Request, _) = vmm::receive(near.as_fd()).unwrap();
+                let (control, theirs) = (files.take(FdIndex(0)), files.take(FdIndex(1)));
+                Self {
+                    pid: child,
+                    control: control.unwrap(),
+                    theirs: theirs.unwrap(),
+                }
+            }
+        }
+    }
+
+    pub fn control(&self) -> (OwnedFd, OwnedFd) {
+        let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
+        (copy(&self.control), copy(&self.theirs))
+    }
+
+    pub fn die(&self) {
+        nix::sys::signal::kill(self.pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        nix::sys::wait::waitpid(self.pid, None).unwrap();
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // Fails where it is dead already.
+        let _ = nix::sys::signal::kill(self.pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(self.pid, None);
     }
 }
 
