@@ -4,11 +4,11 @@
 //! message of `status` (field 1) and `payload` (field 2), the answer proper.
 
 use crate::input::Input;
+use coffer::agent::{Agent, AgentError};
+use coffer::sandbox::process::ProcessKey;
 use coffer_proto::agent::{StartSandboxRequest, Stdio};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::MAX_LISTED_PROCESSES;
-use coffer_shim::agent::{Agent, AgentError};
-use coffer_shim::sandbox::process::ProcessKey;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;

@@ -13,7 +13,7 @@ use coffer_proto::agent::{
     StatContainerResponse, StatGuestResponse, Stdio, UpdateContainerRequest, event,
 };
 use coffer_proto::agent_ttrpc::AgentClient;
-use coffer_proto::ids::ContainerId;
+use coffer_proto::ids::{ContainerId, ExecId};
 use coffer_proto::limits::{MAX_LISTED_PROCESSES, MAX_RPC_MESSAGE};
 use std::future::Future;
 use std::os::unix::net::UnixStream;
@@ -379,6 +379,9 @@ impl Agent {
         }
         for process in &mut list {
             process.command = text(&process.command);
+            if !process.exec_id.is_empty() {
+                ExecId::new(process.exec_id.as_str()).map_err(|e| invalid(call, e.to_string()))?;
+            }
         }
         list.retain(|process| process.pid > 0);
         Ok(list)
