@@ -39,6 +39,13 @@ pub enum SpecError {
     },
     #[error("config.json: {field} is missing")]
     Missing { field: &'static str },
+    #[error(
+        "config.json: linux.namespaces has no {kind} namespace: the host's ({kubernetes}) can't be had in a VM"
+    )]
+    HostNamespace {
+        kind: LinuxNamespaceType,
+        kubernetes: &'static str,
+    },
     #[error("config.json: {field} {path} can't be used")]
     Source {
         field: String,
@@ -58,6 +65,13 @@ fn field<T>(
         reason,
     })
 }
+
+/// Namespaces that a container has, by itself or with its pod, or else shares with the host; and how Kubernetes asks for that.
+const NEVER_THE_HOSTS: [(LinuxNamespaceType, &str); 3] = [
+    (LinuxNamespaceType::Network, "hostNetwork"),
+    (LinuxNamespaceType::Pid, "hostPID"),
+    (LinuxNamespaceType::Ipc, "hostIPC"),
+];
 
 /// A bundle that was read and whose host side was checked.
 #[derive(Debug)]
@@ -131,6 +145,7 @@ impl Bundle {
                 source: error.into_inner(),
             })?;
         check(&spec)?;
+        check_namespaces(&spec)?;
         let rootfs = find_rootfs(&spec, dir)?;
         Ok(Self {
             spec,
@@ -231,6 +246,19 @@ fn check(spec: &Spec) -> Result<(), SpecError> {
             hostname,
             "is longer than 64 bytes or has a NUL in it",
         );
+    }
+    Ok(())
+}
+
+/// A namespace that the spec does not list is the caller's: the host's.
+fn check_namespaces(spec: &Spec) -> Result<(), SpecError> {
+    let Some(listed) = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref()) else {
+        return Ok(());
+    };
+    for (kind, kubernetes) in NEVER_THE_HOSTS {
+        if !listed.iter().any(|namespace| namespace.typ() == kind) {
+            return Err(SpecError::HostNamespace { kind, kubernetes });
+        }
     }
     Ok(())
 }

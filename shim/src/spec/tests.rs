@@ -9,7 +9,7 @@ fn bundle(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs"},
         "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}], "cgroupsPath": "/a/b"}
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}, {"type": "ipc"}], "cgroupsPath": "/a/b"}
     });
     change(&mut config);
     fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
@@ -62,7 +62,7 @@ fn the_host_side_is_taken_out() {
     assert_eq!(spec["mounts"][2]["source"], "/dev/shm");
     assert_eq!(
         spec["linux"]["namespaces"],
-        json!([{"type": "pid"}, {"type": "network"}])
+        json!([{"type": "pid"}, {"type": "network"}, {"type": "ipc"}])
     );
     assert_eq!(spec["linux"]["cgroupsPath"], Value::Null);
     assert_eq!(spec["hooks"]["prestart"], Value::Null);
@@ -123,6 +123,17 @@ fn a_value_of_the_wrong_type_is_named_by_its_path() {
     assert!(error.contains("process.user.uid"), "{error}");
     let error = refused(|c| c["linux"]["namespaces"][0]["type"] = json!("galaxy"));
     assert!(error.contains("linux.namespaces[0].type"), "{error}");
+}
+
+#[test]
+fn a_namespace_of_the_host_is_refused_by_kubernetes_name() {
+    for (index, name) in [(0, "hostPID"), (1, "hostNetwork"), (2, "hostIPC")] {
+        let error = refused(|c| {
+            let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.remove(index);
+        });
+        assert!(error.contains(name), "{error}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::COFFER;
 use coffer_tests::cri::node::GATEWAY;
-use coffer_tests::cri::Node;
+use coffer_tests::cri::{Node, pod};
 use coffer_tests::{Test, wait_for};
 use serde_json::json;
 use std::io::{Read, Write};
@@ -65,4 +65,15 @@ fn pods_on_a_bridge() {
         )),
         "1"
     );
+
+    for (namespace, name) in [
+        ("network", "hostNetwork"),
+        ("ipc", "hostIPC"),
+        ("pid", "hostPID"),
+    ] {
+        let of_host =
+            json!({"linux": {"security_context": {"namespace_options": {namespace: "NODE"}}}});
+        let message = pod::refusal(node.try_pod(COFFER, "host", of_host));
+        assert!(message.contains(name), "{message}");
+    }
 }
