@@ -125,6 +125,38 @@ fn the_agent_dies() {
     reported_dead(&sandbox, since);
 }
 
+/// A guest that stands still answers no call of the supervisor, and neither does its agent.
+#[test]
+fn a_guest_that_answers_nothing_is_listed_and_killed() {
+    const PROMPT: Duration = Duration::from_secs(2);
+    let test = Test::new("silent");
+    let rootfs = test.copy_of("busybox");
+    let sandbox = test.background_on(&["--rootfs", rootfs.to_str().unwrap()], &[], IDLE);
+    let guests = processes(if test.hypervisor() == "qemu" {
+        "qemu-system-x86_64"
+    } else {
+        "coffer-vmm"
+    });
+    assert!(!guests.is_empty());
+    for pid in &guests {
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP).unwrap();
+    }
+    // A call that waits for the agent holds up nobody else, and ends with the sandbox.
+    let mut exec = sandbox.exec_command(&[], &["true"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let since = Instant::now();
+    assert_eq!(sandbox.status(), "running");
+    assert!(since.elapsed() < PROMPT, "state took {:?}", since.elapsed());
+    let deleted = test.call(&["delete", "--force", &sandbox.id]);
+    assert_eq!(deleted.code, 0, "{}", deleted.stderr);
+    assert!(!exec.wait().unwrap().success());
+    assert!(
+        since.elapsed() < REPORTED_WITHIN,
+        "it took {:?}",
+        since.elapsed()
+    );
+}
+
 #[test]
 fn the_supervisor_dies() {
     for command in [IDLE, BUSY] {
