@@ -111,10 +111,8 @@ async fn reply(far: &mut UnixStream, input: &mut Input<'_>) -> bool {
         return false;
     }
     let stream = u32::from_be_bytes([s0, s1, s2, s3]);
-    let (bytes, goes_on) = match answer(stream, input) {
-        Some(answer) => answer,
-        None => (Vec::new(), false),
-    };
+    // Without an answer: nothing, and the end.
+    let (bytes, goes_on) = answer(stream, input).unwrap_or_default();
     // The client may have hung up in the middle of it.
     let written = far.write_all(&bytes).await.is_ok();
     if !goes_on {

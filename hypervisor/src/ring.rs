@@ -56,17 +56,6 @@ impl ConsoleRing {
     }
 }
 
-impl io::Write for ConsoleRing {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.push(data);
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
