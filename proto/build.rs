@@ -1,13 +1,13 @@
-//! Generates the agent's messages and ttrpc service from `proto/agent.proto`, without protoc.
+//! Generates the agent's messages and ttrpc service from `proto/agent.proto`, and those of `proto/cri.proto`, without protoc.
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() {
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    println!("cargo:rerun-if-changed=proto/agent.proto");
+    println!("cargo:rerun-if-changed=proto");
     Codegen::new()
         .out_dir(&out)
-        .inputs(["proto/agent.proto"])
+        .inputs(["proto/agent.proto", "proto/cri.proto"])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
@@ -16,7 +16,10 @@ fn main() {
             ..Default::default()
         })
         .run()
-        .expect("agent.proto compiles");
-    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")
-        .expect("OUT_DIR is writable");
+        .expect("the protocols compile");
+    std::fs::write(
+        out.join("mod.rs"),
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\n",
+    )
+    .expect("OUT_DIR is writable");
 }

@@ -3,6 +3,7 @@
 //! - [`agent`] and [`agent_ttrpc`]: shim → agent in the guest, ttrpc over vsock.
 //! - [`stream`]: the handshake that opens a vsock connection as one stdio stream.
 //! - [`vmm`]: shim → hypervisor process, over an inherited socket.
+//! - [`cri`]: what Kubernetes says of a pod, passed on by containerd.
 //! - [`ids`] and [`limits`]: names and bounds that both sides must agree on.
 
 pub mod ids;
@@ -19,7 +20,7 @@ pub mod vmm;
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, cri};
 
 /// The version that shim and agent compare in `StartSandbox`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

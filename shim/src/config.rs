@@ -240,6 +240,7 @@ impl Config {
                 count: self.uid_count,
             },
             cgroup: None,
+            namespace: String::new(),
         }
     }
 }

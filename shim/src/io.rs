@@ -1,29 +1,30 @@
-//! A process's standard streams: fifos of the caller on one side, vsock connections to the agent on the other.
+//! A process's standard streams: what the caller named on one side ([`endpoint`]), vsock connections to the agent on the other.
 //!
 //! ```text
 //! stdin fifo  ──► pump ──► connection ──► agent ──► process
 //! stdout fifo ◄── pump ◄── connection ◄── agent ◄── process
 //! ```
 //!
-//! Bytes are raw and a pump holds one buffer, so a reader that is slow slows the process. The rules of containerd for fifos:
-//!
-//! - stdout and stderr are held open for reading and writing, so a reader may come late, leave and come back: what
-//!   was written meanwhile waits in the fifo. They close when the process and all who inherited its stream are done.
-//! - stdin is also held open for writing until CloseIO, so a client that detaches does not end the process's input.
+//! Bytes are raw and a pump holds one buffer, so a reader that is slow slows the process.
 
-use crate::sandbox::process::{ProcessKey, StdioPaths};
+pub mod endpoint;
+mod logger;
+
+pub use endpoint::Endpoints;
+
+use crate::sandbox::process::ProcessKey;
 use coffer_proto::limits::STREAM_PORT;
 use coffer_proto::stream::{ATTACHED, Hello, Stream};
+use endpoint::{EndpointError, Sink, Source};
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -32,8 +33,6 @@ use tokio::time::timeout;
 pub const VSOCK_SOCKET: &str = "vsock.sock";
 /// What a pump holds at most. Larger brings no more throughput than the fifo below takes.
 const PUMP_BYTES: usize = 128 << 10;
-/// Size asked for a fifo: fewer wake-ups than with the default 64 KiB.
-const FIFO_BYTES: i32 = 256 << 10;
 /// "OK 4294967295\n" and some.
 const MAX_CONNECT_ANSWER: usize = 32;
 /// For the handshake of one stream, on hardware.
@@ -42,18 +41,8 @@ const ATTACH: Duration = Duration::from_secs(5);
 /// Why a stream could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
-    #[error("{stream} {uri:?}: {scheme} is not supported")]
-    Scheme {
-        stream: &'static str,
-        uri: String,
-        scheme: String,
-    },
-    #[error("can't open {stream} {path}")]
-    Open {
-        stream: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
     #[error("can't connect {stream} with the agent")]
     Connect {
         stream: &'static str,
@@ -66,135 +55,6 @@ pub enum StdioError {
         stream: &'static str,
         deadline: Duration,
     },
-}
-
-/// The host's ends, opened before the agent is asked for anything.
-#[derive(Debug)]
-pub struct Endpoints {
-    stdin: Option<Source>,
-    stdout: Option<Sink>,
-    stderr: Option<Sink>,
-}
-
-#[derive(Debug)]
-enum Source {
-    /// The reading end, and the writing end that keeps it from ending before CloseIO.
-    Fifo {
-        reader: pipe::Receiver,
-        hold: OwnedFd,
-    },
-    File(tokio::fs::File),
-}
-
-#[derive(Debug)]
-enum Sink {
-    Fifo(pipe::Sender),
-    File(tokio::fs::File),
-}
-
-impl Endpoints {
-    /// Opens what the caller named. Must be called within the runtime.
-    pub fn open(paths: &StdioPaths) -> Result<Self, StdioError> {
-        let stderr = if paths.terminal { "" } else { &paths.stderr };
-        Ok(Self {
-            stdin: path_of("stdin", &paths.stdin)?
-                .map(|path| open_source(&path))
-                .transpose()?,
-            stdout: path_of("stdout", &paths.stdout)?
-                .map(|path| open_sink("stdout", &path))
-                .transpose()?,
-            stderr: path_of("stderr", stderr)?
-                .map(|path| open_sink("stderr", &path))
-                .transpose()?,
-        })
-    }
-
-    /// What the agent is told of them.
-    pub fn for_agent(&self, terminal: bool) -> coffer_proto::agent::Stdio {
-        coffer_proto::agent::Stdio {
-            terminal,
-            stdin: self.stdin.is_some(),
-            stdout: self.stdout.is_some(),
-            stderr: self.stderr.is_some(),
-            ..Default::default()
-        }
-    }
-}
-
-/// A plain path, `fifo://` or `file://`; empty means none.
-fn path_of(stream: &'static str, uri: &str) -> Result<Option<PathBuf>, StdioError> {
-    let path = match uri.split_once("://") {
-        None => uri,
-        Some(("fifo" | "file", path)) => path,
-        Some((scheme, _)) => {
-            return Err(StdioError::Scheme {
-                stream,
-                uri: uri.to_owned(),
-                scheme: format!("{scheme}://"),
-            });
-        }
-    };
-    Ok(if path.is_empty() {
-        None
-    } else {
-        Some(PathBuf::from(path))
-    })
-}
-
-fn is_fifo(path: &Path) -> io::Result<bool> {
-    Ok(fs::metadata(path)?.file_type().is_fifo())
-}
-
-fn open_source(path: &Path) -> Result<Source, StdioError> {
-    let open = || {
-        if !is_fifo(path)? {
-            return Ok(Source::File(tokio::fs::File::from_std(fs::File::open(
-                path,
-            )?)));
-        }
-        let reader = pipe::OpenOptions::new().open_receiver(path)?;
-        let hold = fs::OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        Ok(Source::Fifo {
-            reader,
-            hold: hold.into(),
-        })
-    };
-    open().map_err(|source| StdioError::Open {
-        stream: "stdin",
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn open_sink(stream: &'static str, path: &Path) -> Result<Sink, StdioError> {
-    let open = || {
-        if path.exists() && is_fifo(path)? {
-            let sender = pipe::OpenOptions::new()
-                .read_write(true)
-                .open_sender(path)?;
-            enlarge(&sender);
-            return Ok(Sink::Fifo(sender));
-        }
-        let file = fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)?;
-        Ok(Sink::File(tokio::fs::File::from_std(file)))
-    };
-    open().map_err(|source| StdioError::Open {
-        stream,
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Without it the fifo works as well, so a refusal (a user's limit) is nothing to report.
-fn enlarge(fifo: &pipe::Sender) {
-    let _ = nix::fcntl::fcntl(fifo.as_fd(), nix::fcntl::FcntlArg::F_SETPIPE_SZ(FIFO_BYTES));
 }
 
 /// Makes connections into one VM.
@@ -325,6 +185,9 @@ impl ProcessIo {
                 pump_out(connection, sink).await;
                 flowing.send_modify(|n| *n -= 1);
             }));
+        }
+        if let Some(logger) = endpoints.logger {
+            tokio::spawn(logger.end_after(io.drained()));
         }
         if let Some(source) = endpoints.stdin {
             let connection = dialer.attach(key, Stream::Stdin).await?;

@@ -15,6 +15,7 @@
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`image`]: container images on disk.
+//! - [`crash`]: where a test build may be told to die.
 //! - [`features`](mod@features): what of an OCI spec is honoured, as told to callers.
 //! - [`config`]: the configuration file; [`check`]: what a VM needs of this machine, and who runs it.
 //! - [`cli`]: the `coffer` command line.
@@ -26,6 +27,7 @@ pub mod cleanup;
 pub mod cli;
 pub mod config;
 pub mod containerd;
+pub mod crash;
 pub mod features;
 pub mod image;
 pub mod io;

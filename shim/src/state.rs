@@ -213,6 +213,7 @@ pub(crate) mod tests {
             debug: false,
             uids: UidRange::default(),
             cgroup: None,
+            namespace: String::new(),
         }
     }
 

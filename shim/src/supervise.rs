@@ -114,6 +114,7 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate()).map_err(SuperviseError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(SuperviseError::Signals)?;
 
+    let no_events = publisher.as_ref().is_some_and(Publisher::is_silent);
     let (events, mut source) = mpsc::unbounded_channel();
     let publishing = tokio::spawn(async move {
         // Without a publisher the source closes here, and events go nowhere.
@@ -125,7 +126,7 @@ async fn serve(
     });
     let sandbox = Sandbox::new(options, state, events);
     let end = Arc::new(Notify::new());
-    let services = TaskService::new(sandbox.clone(), end.clone()).services();
+    let services = TaskService::new(sandbox.clone(), no_events, end.clone()).services();
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener.into())
         .register_service(services);

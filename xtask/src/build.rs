@@ -29,6 +29,8 @@ const PROGRAMS: [&str; 5] = [
     "coffer-fsd",
 ];
 const AGENT: &str = "coffer-agent";
+/// What `tests/` calls it.
+const CRASH_POINTS: &str = "containerd-shim-coffer-v2-crash-points";
 
 /// Builds all of the product and returns its directory.
 pub fn run(project: &Project) -> Result<PathBuf> {
@@ -49,7 +51,31 @@ pub fn run(project: &Project) -> Result<PathBuf> {
     Ok(product)
 }
 
+/// Puts a shim beside the product that a test can have die at a named point. Nobody gets it but tests.
+pub fn crash_points(project: &Project) -> Result<()> {
+    let mut cargo = static_cargo(project)?;
+    cargo.args([
+        "--package=coffer-shim",
+        "--bin=containerd-shim-coffer-v2",
+        "--features=crash-points",
+    ]);
+    step("compile the shim with crash points", || {
+        process::run_shown(&mut cargo)
+    })?;
+    let compiled = project.target.join(TARGET).join(PROFILE);
+    replace(
+        &compiled.join("containerd-shim-coffer-v2"),
+        &project.product().join(CRASH_POINTS),
+    )
+}
+
 fn cargo(project: &Project) -> Result<Command> {
+    let mut cargo = static_cargo(project)?;
+    cargo.args(PACKAGES.map(|package| format!("--package={package}")));
+    Ok(cargo)
+}
+
+fn static_cargo(project: &Project) -> Result<Command> {
     let mut cargo = project.cargo();
     cargo.args([
         "build",
@@ -59,7 +85,6 @@ fn cargo(project: &Project) -> Result<Command> {
         "--profile",
         PROFILE,
     ]);
-    cargo.args(PACKAGES.map(|package| format!("--package={package}")));
     let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
     cargo.env("RUSTFLAGS", flags.trim());

@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod cache;
 mod demo;
+mod dist;
 mod image;
 mod lint;
 mod node;
@@ -32,6 +33,8 @@ enum Command {
     Setup,
     /// Compile the product and assemble it in <target>/coffer
     Build,
+    /// Build, and pack the product as a tarball and a Debian package in <target>/dist
+    Dist,
     /// Set up, build, and run a container in a microVM
     Demo,
     /// Check formatting, lints, dependency versions
@@ -72,6 +75,7 @@ fn main() -> Result<ExitCode> {
     match Command::parse() {
         Command::Setup => setup::run(&project)?,
         Command::Build => drop(build::run(&project)?),
+        Command::Dist => dist::run(&project)?,
         Command::Demo => return demo::run(&project),
         Command::Lint => lint::run(&project)?,
         Command::Bench(arguments) => return bench::run(&project, &arguments),

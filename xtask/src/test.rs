@@ -65,6 +65,7 @@ pub fn run(project: &Project, arguments: &Arguments) -> Result<()> {
     layer(Layer::Unit, &|| unit(project, arguments))?;
     if wanted(Layer::Qemu) || wanted(Layer::Node) {
         build::run(project)?;
+        build::crash_points(project)?;
     }
     layer(Layer::Qemu, &|| qemu(project, arguments))?;
     layer(Layer::Node, &|| in_node(project, arguments))?;

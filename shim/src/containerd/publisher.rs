@@ -61,6 +61,11 @@ impl Publisher {
         }
     }
 
+    /// Whether nobody takes events: the caller is CRI-O.
+    pub fn is_silent(&self) -> bool {
+        self.queue.is_none()
+    }
+
     /// Queues an event. Never waits: a full queue, which means thousands of events nobody took, drops it with a warning.
     pub fn publish<E: MessageFull>(&self, topic: &str, event: &E) {
         let Some(queue) = &self.queue else { return };

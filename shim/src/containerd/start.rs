@@ -77,7 +77,6 @@ pub enum StartError {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Order {
     options: SandboxOptions,
-    namespace: String,
     events_address: String,
 }
 
@@ -99,8 +98,10 @@ pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, 
     cleanup_after_a_crash(&config.root, &id, &socket)?;
     let choice = choose_hypervisor(config.hypervisor, &config.libexec())?;
     let order = Order {
-        options: config.sandbox(id, choice.hypervisor),
-        namespace: args.namespace.clone(),
+        options: SandboxOptions {
+            namespace: args.namespace.clone(),
+            ..config.sandbox(id, choice.hypervisor)
+        },
         events_address: input.events_address,
     };
     let address = spawn_supervisor(bundle, &order)?;
@@ -204,7 +205,7 @@ pub async fn serve() -> Result<(), StartError> {
             let path = PathBuf::from("standard input");
             StartError::Spec { path, source }
         })?;
-        let publisher = Publisher::new(&order.events_address, &order.namespace);
+        let publisher = Publisher::new(&order.events_address, &order.options.namespace);
         Ok(supervise(order.options, Some(Stdout), Some(publisher)).await?)
     };
     let result: Result<(), StartError> = result.await;

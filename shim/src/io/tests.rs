@@ -1,6 +1,7 @@
 //! Pumps between real fifos and a fake VM: a unix listener that speaks CONNECT and the stream hello.
 
 use super::*;
+use crate::sandbox::process::StdioPaths;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::stream::REFUSED;
 use std::io::{Read, Write};
@@ -87,9 +88,13 @@ async fn a_hundred_mebibytes_arrive_intact() {
         stream.write_all(&sent).unwrap();
     });
     let reader = std::thread::spawn(move || fs::read(path).unwrap());
-    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
-        .await
-        .unwrap();
+    let io = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await
+    .unwrap();
     io.drained().await;
     guest.join().unwrap();
     assert!(reader.join().unwrap() == data);
@@ -108,9 +113,13 @@ async fn a_late_reader_gets_everything_from_the_start() {
     let guest = rig.guest(ATTACHED, move |mut stream, _| {
         stream.write_all(&sent).unwrap();
     });
-    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
-        .await
-        .unwrap();
+    let io = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await
+    .unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     let reader = std::thread::spawn(move || fs::read(path).unwrap());
     io.drained().await;
@@ -137,9 +146,13 @@ async fn without_a_reader_the_process_is_held_back() {
         }
         total
     });
-    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
-        .await
-        .unwrap();
+    let io = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await
+    .unwrap();
     let taken = tokio::task::spawn_blocking(|| guest.join().unwrap())
         .await
         .unwrap();
@@ -169,9 +182,13 @@ async fn input_ends_with_close_io_and_not_with_a_client_that_leaves() {
         stream.read_to_end(&mut rest).unwrap();
         (first, rest)
     });
-    let mut io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
-        .await
-        .unwrap();
+    let mut io = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await
+    .unwrap();
     for part in [&b"one"[..], b"two"] {
         // Opens, writes and leaves.
         fs::write(&path, part).unwrap();
@@ -195,33 +212,86 @@ async fn an_output_can_be_a_plain_file() {
         ..Default::default()
     };
     let guest = rig.guest(ATTACHED, |mut stream, _| stream.write_all(b"oops").unwrap());
-    let io = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key())
-        .await
-        .unwrap();
+    let io = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await
+    .unwrap();
     io.drained().await;
     guest.join().unwrap();
     assert_eq!(fs::read(path).unwrap(), b"oops");
 }
 
 #[tokio::test]
-async fn loggers_and_missing_fifos_are_refused_by_name() {
-    let open = |stdout: &str| {
-        Endpoints::open(&StdioPaths {
-            stdout: stdout.to_owned(),
-            ..Default::default()
-        })
-        .unwrap_err()
+async fn misplaced_loggers_and_missing_fifos_are_refused_by_name() {
+    let open = async |paths: StdioPaths| {
+        let opened = Endpoints::open(&paths, &key(), "").await;
+        opened.unwrap_err().to_string()
     };
-    assert!(
-        open("binary:///bin/log?a=b")
-            .to_string()
-            .contains("binary://")
-    );
-    assert!(
-        open("/nonexistent/fifo")
-            .to_string()
-            .contains("/nonexistent/fifo")
-    );
+    let logger = "binary:///bin/log?a=b";
+    let stderr = open(StdioPaths {
+        stderr: logger.into(),
+        ..Default::default()
+    });
+    assert!(stderr.await.contains("stderr \"binary://"));
+    let stdin = open(StdioPaths {
+        stdin: logger.into(),
+        ..Default::default()
+    });
+    assert!(stdin.await.contains("stdin \"binary://"));
+    let missing = open(StdioPaths {
+        stdout: "/nonexistent/fifo".into(),
+        ..Default::default()
+    });
+    assert!(missing.await.contains("/nonexistent/fifo"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_logger_gets_what_the_process_writes_and_ends_after_it() {
+    let rig = Rig::new();
+    let (log, script) = (rig.dir.path().join("log"), rig.dir.path().join("script"));
+    fs::write(
+        &script,
+        "exec 5>&-; cat <&3 > $1; cat <&4 >> $1; echo end >> $1",
+    )
+    .unwrap();
+    let paths = StdioPaths {
+        stdout: format!("binary:///bin/sh?{}&{}", uri(&script), uri(&log)),
+        stderr: "file:///this/does/not/count".into(),
+        ..Default::default()
+    };
+    let ends = Endpoints::open(&paths, &key(), "ns").await.unwrap();
+    let asked = ends.for_agent(false);
+    assert!(asked.stdout && asked.stderr && !asked.stdin);
+    let guest = {
+        let first = rig.guest(ATTACHED, |mut stream, _| stream.write_all(b"out ").unwrap());
+        // Both connections are made one after the other, on one listener.
+        let io = async {
+            let io = ProcessIo::attach(ends, &rig.dialer(), &key())
+                .await
+                .unwrap();
+            io.drained().await;
+        };
+        let second = async {
+            tokio::task::spawn_blocking(move || first.join().unwrap())
+                .await
+                .unwrap();
+            rig.guest(ATTACHED, |mut stream, _| stream.write_all(b"err ").unwrap())
+        };
+        tokio::join!(io, second).1
+    };
+    guest.join().unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while fs::read_to_string(&log).unwrap() != "out err end\n" {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{:?}",
+            fs::read_to_string(&log)
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -232,7 +302,12 @@ async fn a_stream_the_agent_does_not_know_is_an_error() {
         ..Default::default()
     };
     let guest = rig.guest(REFUSED, |_, _| ());
-    let result = ProcessIo::attach(Endpoints::open(&paths).unwrap(), &rig.dialer(), &key()).await;
+    let result = ProcessIo::attach(
+        Endpoints::open(&paths, &key(), "").await.unwrap(),
+        &rig.dialer(),
+        &key(),
+    )
+    .await;
     assert!(matches!(
         result,
         Err(StdioError::Refused { stream: "stdout" })

@@ -13,6 +13,7 @@ pub use parts::{BootCause, open_console};
 
 use crate::agent::{Agent, AgentError};
 use crate::cleanup;
+use crate::crash;
 use crate::io::Dialer;
 use crate::network::{self, PortForward};
 use crate::share::Share;
@@ -22,6 +23,7 @@ use child::Child;
 use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +44,7 @@ const PANIC_LINES: usize = 100;
 /// Lines of the guest's console that an error quotes.
 const CONSOLE_LINES: usize = 12;
 
-/// What the first container's spec says about the pod.
+/// What the pod is to be: what the first container's spec says of it, or the Sandbox API.
 #[derive(Debug, Clone, Default)]
 pub struct Pod {
     pub hostname: Option<String>,
@@ -50,6 +52,10 @@ pub struct Pod {
     pub netns: Option<PathBuf>,
     /// `linux.cgroupsPath`; the sandbox's options go before.
     pub cgroup: Option<String>,
+    /// One PID namespace for all containers.
+    pub shared_pid_namespace: bool,
+    /// Sysctls of the pod's namespaces, by name.
+    pub sysctls: HashMap<String, String>,
 }
 
 /// Why there is no machine, with what its processes and its console said last.
@@ -132,7 +138,10 @@ async fn assemble(
     let cgroup = parts::create_cgroup(options.cgroup.as_ref().or(pod.cgroup.as_ref()), state)?;
     let nics = match &pod.netns {
         Some(netns) => {
-            state.update(|state| state.netns = Some(netns.clone()))?;
+            // One without a name of its own goes with its last holder, and leaves nothing to undo.
+            if !netns.starts_with("/proc/self") {
+                state.update(|state| state.netns = Some(netns.clone()))?;
+            }
             network::attach(netns, &[]).await?
         }
         None => Vec::new(),
@@ -246,6 +255,8 @@ fn start_request(
         time: Some(time).into(),
         share_tag: SHARE_TAG.to_owned(),
         interfaces,
+        shared_pid_namespace: pod.shared_pid_namespace,
+        sysctls: pod.sysctls.clone(),
         ..Default::default()
     })
 }
@@ -364,6 +375,7 @@ impl Phases<'_> {
     fn done(&mut self, name: &str) -> Result<(), BootCause> {
         let at = self.start.elapsed();
         tracing::info!(phase = name, at_us = at.as_micros(), "boot");
+        crash::point(&format!("boot.{name}"));
         Ok(self.state.update(|state| {
             state.phases.push(Phase {
                 name: name.to_owned(),

@@ -91,6 +91,9 @@ pub struct SandboxOptions {
     pub uids: UidRange,
     /// The cgroup for the sandbox's processes, as the OCI `linux.cgroupsPath`. None leaves them where the supervisor is.
     pub cgroup: Option<String>,
+    /// containerd's namespace, which loggers are told; empty elsewhere.
+    #[serde(default)]
+    pub namespace: String,
 }
 
 impl SandboxOptions {

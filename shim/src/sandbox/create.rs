@@ -1,16 +1,19 @@
 //! Recipes that bring something into being: the VM with its first container, further containers, execs.
 
+use super::network_holder::NetworkHolder;
 use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
 use super::{Error, Sandbox};
-use crate::io::{Endpoints, ProcessIo};
+use crate::crash;
+use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec};
 use crate::mount_points;
 use crate::spec::{Bundle, GuestSpec};
 use crate::state::ContainerRecord;
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, ExecId};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -20,6 +23,9 @@ pub const SANDBOX_ANNOTATIONS: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
 ];
+
+/// Annotations that are meant for us begin with this.
+const OWN_ANNOTATIONS: &str = "io.coffer.";
 
 /// Where containerd's snapshot is mounted, below the bundle.
 const ROOTFS: &str = "rootfs";
@@ -65,28 +71,44 @@ impl Sandbox {
     async fn create_admitted(&self, new: NewContainer, admission: Admission) -> Result<u32, Error> {
         let key = ProcessKey::init(new.id.clone());
         self.record_container(&new)?;
+        crash::point("create.recorded");
         let target = new.bundle.join(ROOTFS);
         if !new.rootfs.is_empty() {
-            rootfs::mount_all(&new.rootfs, &target)
-                .map_err(|source| Error::Mount { target, source })?;
+            rootfs::mount_all(&new.rootfs, &target)?;
         }
-        let guest = self.load(&new)?;
-        let endpoints = Endpoints::open(&new.stdio)?;
+        crash::point("create.mounted");
+        let bundle = self.load(&new)?;
+        let guest = bundle.for_guest(&new.id)?;
+        let endpoints = self.open_stdio(&new.stdio, &key).await?;
         let machine = match admission {
-            Admission::Boot => self.boot(&guest).await?,
+            Admission::Boot => {
+                let mut pod = pod_of(&guest);
+                if wants_network(bundle.spec()) && !self.options().namespace.is_empty() {
+                    pod.netns = Some(self.hold_network().await?);
+                }
+                self.boot(pod).await?
+            }
             Admission::Join => self.machine().await?,
         };
         share(&machine, &new.id, &guest)?;
+        crash::point("create.shared");
         let stdio = endpoints.for_agent(new.stdio.terminal);
         machine
             .agent
             .create_container(&new.id, guest.json, stdio)
             .await?;
+        crash::point("create.in-guest");
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
         let created = key.clone();
         let pid = self.apply(move |pod| pod.created(&created, io)).await?;
         self.watch_process(&machine, key);
         Ok(pid)
+    }
+
+    async fn open_stdio(&self, stdio: &StdioPaths, key: &ProcessKey) -> Result<Endpoints, Error> {
+        let namespace = &self.options().namespace;
+        let opened = Endpoints::open(stdio, key, namespace).await;
+        Ok(opened.map_err(StdioError::from)?)
     }
 
     fn record_container(&self, new: &NewContainer) -> Result<(), Error> {
@@ -103,7 +125,7 @@ impl Sandbox {
     }
 
     /// Reads the bundle and checks that the container belongs here.
-    fn load(&self, new: &NewContainer) -> Result<GuestSpec, Error> {
+    fn load(&self, new: &NewContainer) -> Result<Bundle, Error> {
         let bundle = Bundle::load(&new.bundle)?;
         let this = self.options().id.as_str();
         let annotations = bundle.spec().annotations().clone().unwrap_or_default();
@@ -118,23 +140,30 @@ impl Sandbox {
                 this: this.to_owned(),
             });
         }
-        Ok(bundle.for_guest(&new.id)?)
+        // None is defined yet. One that is ignored would be a setting that somebody believes in.
+        if let Some(unknown) = annotations
+            .keys()
+            .find(|key| key.starts_with(OWN_ANNOTATIONS))
+        {
+            return Err(Error::Annotation(unknown.clone()));
+        }
+        Ok(bundle)
     }
 
-    /// Boots the VM for the first container.
-    async fn boot(&self, guest: &GuestSpec) -> Result<Arc<Machine>, Error> {
-        let pod = PodSpec {
-            hostname: guest.hostname.clone(),
-            netns: guest.network_namespace.clone(),
-            cgroup: guest
-                .cgroups_path
-                .as_deref()
-                .and_then(Path::to_str)
-                .filter(|path| path.starts_with('/'))
-                .map(str::to_owned),
-        };
+    /// Makes a network namespace that containerd's callers can wire later; gives its path in this process.
+    async fn hold_network(&self) -> Result<PathBuf, Error> {
+        let holder = NetworkHolder::start().await.map_err(Error::Holder)?;
+        let path = holder.path();
+        // There is one boot, and so one holder.
+        let _ = self.shared.holder.set(holder);
+        Ok(path)
+    }
+
+    /// Boots the VM.
+    pub(super) async fn boot(&self, pod: PodSpec) -> Result<Arc<Machine>, Error> {
         let machine = Arc::new(machine::boot(self.options(), &pod, &self.shared.state).await?);
-        let pid = machine.host_pid();
+        let holder = self.shared.holder.get();
+        let pid = holder.map_or_else(|| machine.host_pid(), NetworkHolder::pid);
         self.shared.machine.send_replace(Some(machine.clone()));
         let stopped = self.apply(move |pod| {
             pod.booted(pid);
@@ -160,7 +189,7 @@ impl Sandbox {
         let forgotten = key.clone();
         let empty = self.apply(move |pod| {
             pod.forget(&forgotten);
-            Ok(pod.is_empty())
+            Ok(pod.is_unneeded())
         });
         let empty = empty.await.unwrap_or(false);
         if admission == Admission::Boot && (machine.is_none() || empty) {
@@ -179,6 +208,7 @@ impl Sandbox {
         let (target, exec, stdio) = (key.clone(), new.exec.clone(), new.stdio.clone());
         self.apply(move |pod| pod.begin_exec(&target, &exec, stdio))
             .await?;
+        crash::point("exec.begun");
         let prepared = self.prepare_exec(&machine, &key, process, &new.stdio).await;
         if let Err(error) = prepared {
             let error = self.explain(error).await;
@@ -197,15 +227,39 @@ impl Sandbox {
         process: Vec<u8>,
         stdio: &StdioPaths,
     ) -> Result<(), Error> {
-        let endpoints = Endpoints::open(stdio)?;
+        let endpoints = self.open_stdio(stdio, key).await?;
         machine
             .agent
             .exec_process(key, process, endpoints.for_agent(stdio.terminal))
             .await?;
+        crash::point("exec.in-guest");
         let io = ProcessIo::attach(endpoints, &machine.dialer, key).await?;
         let created = key.clone();
         self.apply(move |pod| pod.created(&created, io).map(|_| ()))
             .await
+    }
+}
+
+/// Whether a container is to have a network namespace that nobody has made yet.
+fn wants_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    })
+}
+
+/// The pod of a VM that comes with its first container.
+fn pod_of(guest: &GuestSpec) -> PodSpec {
+    PodSpec {
+        hostname: guest.hostname.clone(),
+        netns: guest.network_namespace.clone(),
+        cgroup: guest
+            .cgroups_path
+            .as_deref()
+            .and_then(Path::to_str)
+            .filter(|path| path.starts_with('/'))
+            .map(str::to_owned),
+        ..Default::default()
     }
 }
 

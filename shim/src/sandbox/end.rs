@@ -6,10 +6,13 @@ use super::pod::Pod;
 use super::process::{self, Exit, ProcessKey};
 use crate::agent::{AgentError, Ended};
 use crate::cleanup;
+use crate::crash;
 use crate::machine::{Machine, Notice};
 use crate::state::{ExitRecord, Status};
 use crate::vmm::chain;
 use coffer_proto::ids::ContainerId;
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
@@ -23,9 +26,10 @@ impl Sandbox {
     /// Ends the VM in order and frees what the sandbox has on the host. Returns when that is done, whoever began it.
     pub async fn stop(&self, reason: &'static str) {
         let began = self
-            .change(move |pod| pod.begin_stop(reason))
+            .change(move |pod| pod.begin_orderly_stop(reason))
             .await
             .unwrap_or(false);
+        crash::point("stop.begun");
         let machine = self.shared.machine.borrow().clone();
         match machine {
             // The watch over the machine sees its end and does the rest.
@@ -54,7 +58,10 @@ impl Sandbox {
                 match machine.notice().await {
                     Notice::OutOfMemory(id) => {
                         tracing::warn!(container = %id, "out of memory");
-                        let _ = sandbox.change(move |pod| pod.out_of_memory(&id)).await;
+                        let told = sandbox.change(move |pod| pod.out_of_memory(&id)).await;
+                        if let Ok(Some(bundle)) = told {
+                            leave_oom_file(&bundle);
+                        }
                     }
                     Notice::Gone(reason) => break reason,
                 }
@@ -70,6 +77,7 @@ impl Sandbox {
             return;
         };
         self.shared.machine.send_replace(None);
+        crash::point("stop.vm-gone");
         self.record_death(&reason);
         let owned = self.shared.state.get();
         match tokio::task::spawn_blocking(move || cleanup::release(&owned)).await {
@@ -79,6 +87,7 @@ impl Sandbox {
             }
             Err(error) => tracing::error!(%error, "the cleanup crashed"),
         }
+        crash::point("stop.released");
         let _ = self.change(Pod::stopped).await;
     }
 
@@ -151,10 +160,11 @@ impl Sandbox {
             } else {
                 Vec::new()
             };
-            Ok((drained, execs))
+            let bundle = pod.container(&target.container)?.bundle.clone();
+            Ok((drained, execs, bundle))
         });
         // Deleted already: nobody is interested any more.
-        let Ok((drained, execs)) = found.await else {
+        let Ok((drained, execs, bundle)) = found.await else {
             return;
         };
         let _ = timeout(EXECS_END, async {
@@ -167,6 +177,9 @@ impl Sandbox {
             let _ = timeout(DRAIN_BEFORE_EXIT, drained).await;
         }
         if key.exec.is_none() {
+            if exit.oom_killed {
+                leave_oom_file(&bundle);
+            }
             let record = ExitRecord {
                 status: exit.status,
                 at: exit.at,
@@ -201,5 +214,12 @@ impl Sandbox {
             return;
         }
         self.record(|state| drop(state.containers.remove(id)));
+    }
+}
+
+/// CRI-O and podman look for this file to know that a container ended for want of memory.
+fn leave_oom_file(bundle: &Path) {
+    if let Err(error) = fs::write(bundle.join("oom"), "") {
+        tracing::debug!(bundle = %bundle.display(), %error, "no oom file");
     }
 }

@@ -1,6 +1,7 @@
 //! What a caller of the sandbox is told, and with which gRPC code.
 
 use super::process::{ProcessKey, ProcessState};
+use super::rootfs::RootfsError;
 use crate::agent::AgentError;
 use crate::cleanup::CleanupError;
 use crate::io::StdioError;
@@ -11,7 +12,6 @@ use crate::spec::SpecError;
 use crate::state::StateError;
 use coffer_proto::ids::InvalidId;
 use std::io;
-use std::path::PathBuf;
 use ttrpc::Code;
 
 /// Why the sandbox did not do what it was asked.
@@ -36,6 +36,14 @@ pub enum Error {
     Stopped(String),
     #[error("the container belongs to sandbox {wanted}, this is sandbox {this}")]
     OtherSandbox { wanted: String, this: String },
+    #[error("the sandbox exists already")]
+    SandboxExists,
+    #[error("the sandbox was not created")]
+    NotPrepared,
+    #[error("the sandbox was created, but it is not started")]
+    NotStarted,
+    #[error("the annotation {0:?} is not known")]
+    Annotation(String),
     #[error("{0} is not supported")]
     Unsupported(&'static str),
     #[error("{what} can't be parsed")]
@@ -47,6 +55,8 @@ pub enum Error {
     Signal(u32),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error("can't make a network namespace")]
+    Holder(#[source] io::Error),
     #[error(transparent)]
     Network(BootCause),
     #[error(transparent)]
@@ -59,8 +69,8 @@ pub enum Error {
     MountPoint(#[from] MountPointError),
     #[error(transparent)]
     Share(#[from] ShareError),
-    #[error("can't mount the container's root on {target}")]
-    Mount { target: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     #[error(transparent)]
     Cleanup(#[from] CleanupError),
     #[error(transparent)]
@@ -74,12 +84,20 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
-            Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::State { .. } | Self::OtherSandbox { .. } => Code::FAILED_PRECONDITION,
-            Self::Id(_) | Self::Malformed { .. } | Self::Signal(_) | Self::Spec(_) => {
+            Self::Exists(_) | Self::SandboxExists => Code::ALREADY_EXISTS,
+            Self::State { .. }
+            | Self::OtherSandbox { .. }
+            | Self::NotPrepared
+            | Self::NotStarted => Code::FAILED_PRECONDITION,
+            Self::Id(_)
+            | Self::Malformed { .. }
+            | Self::Signal(_)
+            | Self::Spec(_)
+            | Self::Annotation(_) => Code::INVALID_ARGUMENT,
+            Self::Stdio(StdioError::Endpoint(error)) if error.is_bad_request() => {
                 Code::INVALID_ARGUMENT
             }
-            Self::Stdio(StdioError::Scheme { .. }) => Code::INVALID_ARGUMENT,
+            Self::Rootfs(error) if error.is_bad_request() => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Stopped(_) | Self::Ending => Code::UNAVAILABLE,
             Self::Agent(AgentError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,

@@ -1,8 +1,9 @@
 //! What the outside sees of a pod: its state, its processes, what happens to them.
 
-use super::process::{Exit, ProcessKey, ProcessState, StdioPaths};
+use super::process::{Exit, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use coffer_proto::ids::{ContainerId, ExecId};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 /// Where the pod is in its life; the diagram is in [`super`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +76,26 @@ pub enum TaskEvent {
         pid: u32,
         exit: Exit,
     },
+}
+
+/// What is known of the sandbox as a whole.
+#[derive(Debug, Clone)]
+pub struct SandboxDescription {
+    /// 0 before there is a VM.
+    pub pid: u32,
+    pub state: SandboxState,
+    pub created: SystemTime,
+    /// When the last of the VM was gone.
+    pub ended: Option<SystemTime>,
+    /// Its end was asked for.
+    pub ended_in_order: bool,
+}
+
+impl SandboxDescription {
+    /// As of a process: 0 after an end in order, 137 when the VM died.
+    pub fn exit_status(&self) -> u32 {
+        if self.ended_in_order { 0 } else { VM_DIED }
+    }
 }
 
 /// What `State` answers.

@@ -14,10 +14,13 @@
 //! ([`Sandbox::apply`]). The verbs ([`create`], `verbs`, `end`) are recipes that do the slow work (the boot, agent calls, mounts) between
 //! two such transitions, so no slow work ever keeps another caller waiting.
 
+mod api;
 pub mod create;
 mod end;
 pub mod error;
 pub mod events;
+mod loop_device;
+pub mod network_holder;
 pub mod pod;
 pub mod process;
 pub mod rootfs;
@@ -30,8 +33,9 @@ use crate::machine::{Machine, SandboxOptions};
 use crate::state::StateFile;
 use coffer_proto::ids::ContainerId;
 use events::{SandboxState, TaskEvent};
+use network_holder::NetworkHolder;
 use pod::Pod;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -53,12 +57,16 @@ pub struct Sandbox {
 #[derive(Debug)]
 struct Shared {
     options: SandboxOptions,
+    /// Those that came with the first container.
+    late_options: OnceLock<SandboxOptions>,
     state: StateFile,
     owner: mpsc::Sender<Transition>,
     /// Set by the boot, taken away when the VM is gone.
     machine: watch::Sender<Option<Arc<Machine>>>,
     /// Follows the pod's state, for those who wait for a change.
     status: watch::Sender<SandboxState>,
+    /// The pod's network namespace where nobody made one before the pod.
+    holder: OnceLock<NetworkHolder>,
 }
 
 impl Sandbox {
@@ -89,16 +97,38 @@ impl Sandbox {
         Self {
             shared: Arc::new(Shared {
                 options,
+                late_options: OnceLock::new(),
                 state,
                 owner,
                 machine,
                 status,
+                holder: OnceLock::new(),
             }),
         }
     }
 
     pub fn options(&self) -> &SandboxOptions {
-        &self.shared.options
+        self.shared
+            .late_options
+            .get()
+            .unwrap_or(&self.shared.options)
+    }
+
+    /// Other options than those it was made with, before there is a VM. Once there is one, nothing changes.
+    pub async fn reconfigure(&self, options: SandboxOptions) -> Result<(), Error> {
+        let sandbox = self.clone();
+        self.apply(move |pod| {
+            if *pod.state() == SandboxState::New {
+                sandbox
+                    .shared
+                    .state
+                    .update(|state| state.options = options.clone())?;
+                // The owner task runs one transition at a time, so this is the first.
+                let _ = sandbox.shared.late_options.set(options);
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// One transition of the pod, or a look at it.

@@ -3,11 +3,14 @@
 //! Nothing here waits or does I/O; the recipes in [`super`] do, between two transitions. Events go out in the order of the
 //! transitions, which is the order containerd requires: create, start, exit, delete.
 
+mod prepared;
+
 use super::error::Error;
 use super::events::{Description, SandboxState, TaskEvent};
 use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use crate::io::ProcessIo;
 use coffer_proto::ids::{ContainerId, ExecId};
+use prepared::Preparation;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime};
@@ -28,6 +31,8 @@ pub struct Container {
     pub bundle: PathBuf,
     pub init: Process,
     pub execs: BTreeMap<ExecId, Process>,
+    /// Somebody was told that it hit its memory limit.
+    oom_told: bool,
     /// A delete is under way; a second one finds nothing.
     deleting: bool,
 }
@@ -42,6 +47,11 @@ pub struct Pod {
     events: mpsc::UnboundedSender<TaskEvent>,
     /// Since when there is no container.
     idle_since: Option<Instant>,
+    /// How the Sandbox API made it and ends it, instead of its first and last container.
+    preparation: Preparation,
+    /// When the last of the VM was gone.
+    ended: Option<SystemTime>,
+    ended_in_order: bool,
 }
 
 impl Pod {
@@ -53,6 +63,9 @@ impl Pod {
             containers: BTreeMap::new(),
             events,
             idle_since: Some(Instant::now()),
+            preparation: Preparation::Unprepared,
+            ended: None,
+            ended_in_order: false,
         }
     }
 
@@ -60,8 +73,9 @@ impl Pod {
         &self.state
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.containers.is_empty()
+    /// Whether nobody would miss the VM.
+    pub fn is_unneeded(&self) -> bool {
+        self.containers.is_empty() && !self.is_prepared()
     }
 
     pub fn container_ids(&self) -> Vec<ContainerId> {
@@ -115,6 +129,7 @@ impl Pod {
             self.state = SandboxState::Stopped {
                 reason: reason.clone(),
             };
+            self.ended = Some(SystemTime::now());
         }
     }
 
@@ -134,6 +149,9 @@ impl Pod {
         stdio: StdioPaths,
     ) -> Result<Admission, Error> {
         self.alive()?;
+        if let Preparation::Prepared(_) = self.preparation {
+            return Err(Error::NotStarted);
+        }
         if self.containers.contains_key(id) {
             return Err(Error::Exists(ProcessKey::init(id.clone())));
         }
@@ -141,6 +159,7 @@ impl Pod {
             bundle,
             init: Process::new(stdio),
             execs: BTreeMap::new(),
+            oom_told: false,
             deleting: false,
         };
         self.containers.insert(id.clone(), container);
@@ -211,7 +230,7 @@ impl Pod {
                     .and_then(|c| c.execs.remove(exec)),
             ),
         }
-        if self.containers.is_empty() && self.idle_since.is_none() {
+        if self.containers.is_empty() && !self.is_prepared() && self.idle_since.is_none() {
             self.idle_since = Some(Instant::now());
         }
     }
@@ -285,6 +304,7 @@ impl Pod {
         let Some(container) = self.containers.get(id) else {
             return;
         };
+        let unnoticed_oom = exit.oom_killed && !container.oom_told;
         let killed = Exit {
             status: VM_DIED,
             oom_killed: false,
@@ -298,6 +318,10 @@ impl Pod {
                 },
                 killed.clone(),
             );
+        }
+        if unnoticed_oom {
+            // The agent tells of both on different ways; callers want the cause first.
+            self.out_of_memory(id);
         }
         self.end_process(&ProcessKey::init(id.clone()), exit.clone());
     }
@@ -392,13 +416,19 @@ impl Pod {
         }
     }
 
-    /// A container hit its memory limit. Names that are not ours are the guest's invention.
-    pub fn out_of_memory(&mut self, id: &ContainerId) {
-        if self.containers.contains_key(id) {
+    /// A container hit its memory limit. Names that are not ours are the guest's invention. Gives the container's bundle.
+    pub fn out_of_memory(&mut self, id: &ContainerId) -> Option<PathBuf> {
+        let container = self.containers.get_mut(id)?;
+        // Once it has ended, one notice is enough: the end told of it too.
+        if container.init.state != ProcessState::Stopped || !container.oom_told {
+            container.oom_told = true;
             self.emit(TaskEvent::Oom {
                 container: id.clone(),
             });
         }
+        self.containers
+            .get(id)
+            .map(|container| container.bundle.clone())
     }
 
     /// Containers that have not ended.

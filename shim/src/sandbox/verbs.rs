@@ -4,6 +4,7 @@ use super::events::Description;
 use super::process::{Exit, ProcessKey, ProcessState};
 use super::{Error, Sandbox};
 use crate::agent::AgentError;
+use crate::crash;
 use crate::machine::Machine;
 use crate::vmm::chain;
 use coffer_proto::agent::{Process as GuestProcess, StatContainerResponse};
@@ -28,10 +29,12 @@ impl Sandbox {
         {
             return Err(self.start_failed(key, Error::Network(cause)).await);
         }
+        crash::point("start.begun");
         if let Err(error) = machine.agent.start_process(&key).await {
             let error = self.explain(error.into()).await;
             return Err(self.start_failed(key, error).await);
         }
+        crash::point("start.in-guest");
         if key.exec.is_some() {
             self.watch_process(&machine, key.clone());
         }
@@ -124,15 +127,17 @@ impl Sandbox {
             // The guest may be dead; what the host has of the container goes all the same.
             tracing::warn!(%key, error = chain(&error), "the agent did not delete");
         }
+        crash::point("delete.in-guest");
         if let Some(io) = io {
             let _ = timeout(DRAIN_BEFORE_DELETE, io.drained()).await;
         }
         if key.exec.is_none() {
             self.remove_from_host(&key.container, machine.as_deref());
         }
+        crash::point("delete.on-host");
         let (deleted, is_exec) = (key.clone(), key.exec.is_some());
         let (end, empty) = self
-            .apply(move |pod| Ok((pod.deleted(&deleted)?, pod.is_empty())))
+            .apply(move |pod| Ok((pod.deleted(&deleted)?, pod.is_unneeded())))
             .await?;
         if empty && !is_exec {
             let sandbox = self.clone();

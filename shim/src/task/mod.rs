@@ -1,12 +1,17 @@
-//! containerd's Task service: one short method per RPC, which checks the request and calls the sandbox.
+//! containerd's Task service: one short method per RPC, which checks the request and calls the sandbox. Its Sandbox service is in
+//! `sandbox`.
 //!
 //! The messages of `containerd.task.v2.Task` and `containerd.task.v3.Task` are the same, so one table serves both names.
 //! A verb that changes something runs as a task of its own: a client that hangs up or whose deadline passes
 //! can't leave it half done.
 
 pub mod events;
+mod sandbox;
 mod stats;
 
+use crate::check::choose_hypervisor;
+use crate::containerd::options;
+use crate::machine::SandboxOptions;
 use crate::sandbox::create::{NewContainer, NewExec};
 use crate::sandbox::events::Description;
 use crate::sandbox::process::{ProcessKey, ProcessState, StdioPaths};
@@ -20,6 +25,7 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use std::collections::HashMap;
@@ -36,21 +42,44 @@ const V2: &str = "containerd.task.v2.Task";
 #[derive(Debug, Clone)]
 pub struct TaskService {
     sandbox: Sandbox,
+    /// CRI-O names the configuration not at start, but with each container. The first one's counts.
+    configured_late: bool,
     /// Told when the last caller wants the supervisor to end.
     end: Arc<Notify>,
 }
 
 impl TaskService {
-    pub fn new(sandbox: Sandbox, end: Arc<Notify>) -> Self {
-        Self { sandbox, end }
+    pub fn new(sandbox: Sandbox, configured_late: bool, end: Arc<Notify>) -> Self {
+        Self {
+            sandbox,
+            configured_late,
+            end,
+        }
     }
 
-    /// The method table under both names.
+    async fn configure(&self, options: &Any) -> ttrpc::Result<()> {
+        let refuse =
+            |error: &dyn std::error::Error| rpc_error(ttrpc::Code::INVALID_ARGUMENT, chain(error));
+        let config = options::config(Some(options)).map_err(|error| refuse(&error))?;
+        let choice = choose_hypervisor(config.hypervisor, &config.libexec())
+            .map_err(|error| refuse(&error))?;
+        let now = self.sandbox.options();
+        let options = SandboxOptions {
+            root: now.root.clone(),
+            namespace: now.namespace.clone(),
+            debug: now.debug || config.debug,
+            ..config.sandbox(now.id.clone(), choice.hypervisor)
+        };
+        self.sandbox.reconfigure(options).await.map_err(status)
+    }
+
+    /// The Task methods under both names, and those of the Sandbox service.
     pub fn services(self) -> HashMap<String, Service> {
-        let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
+        let service = Arc::new(self);
         let mut services = create_task(service.clone());
-        let again = create_task(service).remove(V3);
+        let again = create_task(service.clone()).remove(V3);
         services.extend(again.map(|table| (V2.to_owned(), table)));
+        services.extend(create_sandbox(service));
         services
     }
 }
@@ -127,9 +156,15 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() {
             return Err(status(Error::Unsupported("restoring a checkpoint")));
         }
+        if let Some(options) = request.options.as_ref()
+            && self.configured_late
+        {
+            self.configure(options).await?;
+        }
         let mount = |mount: api::Mount| RootfsMount {
             fs_type: mount.type_,
             source: mount.source.into(),
+            target: mount.target.into(),
             options: mount.options,
         };
         let new = NewContainer {
@@ -347,17 +382,19 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
-        let figures = self
-            .sandbox
-            .stats(container(request.id)?)
-            .await
-            .map_err(status)?;
-        let metrics = any(
-            "io.containerd.cgroups.v2.Metrics",
-            &stats::metrics(&figures),
-        );
+        let id = container(request.id)?;
+        let figures = match self.sandbox.stats(id.clone()).await {
+            // The guest is gone, but what its end was is asked for until the container is deleted.
+            Err(error) => match self.sandbox.describe(ProcessKey::init(id)).await {
+                Ok(Description {
+                    exit: Some(exit), ..
+                }) => stats::of_ended(&exit),
+                _ => return Err(status(error)),
+            },
+            Ok(figures) => figures,
+        };
         Ok(api::StatsResponse {
-            stats: MessageField::some(metrics),
+            stats: MessageField::some(any(stats::TYPE, &stats::metrics(&figures))),
             ..Default::default()
         })
     }
@@ -369,18 +406,25 @@ impl Task for TaskService {
     ) -> ttrpc::Result<api::ConnectResponse> {
         let task = self
             .sandbox
-            .describe(ProcessKey::init(container(request.id)?))
-            .await
-            .map_err(status)?;
+            .describe(ProcessKey::init(container(request.id.clone())?))
+            .await;
+        let pid = match task {
+            Ok(task) => task.pid,
+            // containerd also asks after a sandbox that has no container of its name.
+            Err(error) => match self.sandbox.prepared().await {
+                Some(pod) if request.id == self.sandbox.options().id.as_str() => pod.pid,
+                _ => return Err(status(error)),
+            },
+        };
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: task.pid,
+            task_pid: pid,
             version: coffer_proto::VERSION.to_owned(),
             ..Default::default()
         })
     }
 
-    /// Called after every delete; only an empty sandbox ends by it, unless `now` is set.
+    /// Called after every delete; only a sandbox that nobody needs ends by it, unless `now` is set.
     async fn shutdown(
         &self,
         _: &TtrpcContext,
@@ -388,7 +432,7 @@ impl Task for TaskService {
     ) -> ttrpc::Result<Empty> {
         let service = self.clone();
         whole(async move {
-            if !request.now && !service.sandbox.containers().await.is_empty() {
+            if !request.now && !service.sandbox.is_unneeded().await {
                 return Ok(());
             }
             service.sandbox.stop("shut down").await;

@@ -1,11 +1,78 @@
 //! The guest's cgroup figures as containerd's `io.containerd.cgroups.v2.Metrics`.
 
+use crate::sandbox::process::Exit;
 use coffer_proto::agent::{IoStat, StatContainerResponse};
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use std::collections::HashMap;
+
+/// The type under which containerd knows [`metrics`].
+pub const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// What is left to say of a container whose VM is gone: whether it ended for want of memory.
+pub fn of_ended(exit: &Exit) -> StatContainerResponse {
+    let kills = u64::from(exit.oom_killed);
+    let events = ["oom", "oom_kill"].map(|name| (name.to_owned(), kills));
+    StatContainerResponse {
+        memory_events: HashMap::from(events),
+        memory_limit: u64::MAX,
+        swap_limit: u64::MAX,
+        pids_limit: u64::MAX,
+        ..Default::default()
+    }
+}
+
+/// What several containers use together. A limit of the sum is the sum of the limits, if each has one.
+pub fn sum(all: &[StatContainerResponse]) -> StatContainerResponse {
+    let mut sum = StatContainerResponse::default();
+    for one in all {
+        for (to, from) in [
+            (&mut sum.cpu_usage_us, one.cpu_usage_us),
+            (&mut sum.cpu_user_us, one.cpu_user_us),
+            (&mut sum.cpu_system_us, one.cpu_system_us),
+            (&mut sum.cpu_nr_periods, one.cpu_nr_periods),
+            (&mut sum.cpu_nr_throttled, one.cpu_nr_throttled),
+            (&mut sum.cpu_throttled_us, one.cpu_throttled_us),
+            (&mut sum.memory_current, one.memory_current),
+            (&mut sum.memory_peak, one.memory_peak),
+            (&mut sum.memory_limit, one.memory_limit),
+            (&mut sum.swap_current, one.swap_current),
+            (&mut sum.swap_limit, one.swap_limit),
+            (&mut sum.pids_current, one.pids_current),
+            (&mut sum.pids_limit, one.pids_limit),
+        ] {
+            *to = to.saturating_add(from);
+        }
+        add(&mut sum.memory_stat, &one.memory_stat);
+        add(&mut sum.memory_events, &one.memory_events);
+        one.io.iter().for_each(|io| add_io(&mut sum.io, io));
+    }
+    sum
+}
+
+fn add(sum: &mut HashMap<String, u64>, one: &HashMap<String, u64>) {
+    for (name, value) in one {
+        let to = sum.entry(name.clone()).or_default();
+        *to = to.saturating_add(*value);
+    }
+}
+
+fn add_io(sum: &mut Vec<IoStat>, one: &IoStat) {
+    let same = |io: &&mut IoStat| (io.major, io.minor) == (one.major, one.minor);
+    let Some(to) = sum.iter_mut().find(same) else {
+        return sum.push(one.clone());
+    };
+    for (to, from) in [
+        (&mut to.rbytes, one.rbytes),
+        (&mut to.wbytes, one.wbytes),
+        (&mut to.rios, one.rios),
+        (&mut to.wios, one.wios),
+    ] {
+        *to = to.saturating_add(from);
+    }
+}
 
 /// All sub-messages are present: CRI-O reads them without looking.
 pub fn metrics(figures: &StatContainerResponse) -> Metrics {
@@ -101,5 +168,49 @@ fn io_entry(io: &IoStat) -> IOEntry {
         rios: io.rios,
         wios: io.wios,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::SystemTime;
+
+    #[test]
+    fn an_end_for_want_of_memory_is_told_after_the_guest_is_gone() {
+        let exit = Exit {
+            status: 137,
+            at: SystemTime::now(),
+            reason: None,
+            oom_killed: true,
+        };
+        let told = metrics(&of_ended(&exit));
+        assert_eq!(told.memory_events.oom_kill, 1);
+        // CRI-O reads these without looking whether they are there.
+        assert!(told.cpu.is_some() && told.memory.is_some() && told.pids.is_some());
+        let fine = Exit {
+            oom_killed: false,
+            ..exit
+        };
+        assert_eq!(metrics(&of_ended(&fine)).memory_events.oom_kill, 0);
+    }
+
+    #[test]
+    fn a_pod_uses_what_its_containers_use() {
+        let one = StatContainerResponse {
+            cpu_usage_us: 5,
+            memory_limit: u64::MAX,
+            memory_stat: HashMap::from([("anon".to_owned(), 7)]),
+            io: vec![IoStat {
+                major: 254,
+                rbytes: 1,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let all = sum(&[one.clone(), one]);
+        assert_eq!((all.cpu_usage_us, all.memory_limit), (10, u64::MAX));
+        assert_eq!(all.memory_stat["anon"], 14);
+        assert_eq!((all.io.len(), all.io[0].rbytes), (1, 2));
     }
 }

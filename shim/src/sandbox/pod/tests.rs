@@ -100,6 +100,55 @@ fn exit(status: u32) -> Exit {
 }
 
 #[test]
+fn a_prepared_sandbox_stays_without_containers_until_it_is_stopped() {
+    let mut rig = Rig::new();
+    assert!(matches!(
+        rig.pod.begin_prepared_boot(),
+        Err(Error::NotPrepared)
+    ));
+    rig.pod.prepare(crate::machine::Pod::default()).unwrap();
+    assert!(matches!(
+        rig.pod.prepare(crate::machine::Pod::default()),
+        Err(Error::SandboxExists)
+    ));
+    let too_early = rig
+        .pod
+        .begin_create(&id("c"), "/b".into(), StdioPaths::default());
+    assert!(matches!(too_early, Err(Error::NotStarted)));
+    assert!(
+        rig.pod.idle_since().is_some(),
+        "one that nobody starts ends by itself"
+    );
+    rig.pod.begin_prepared_boot().unwrap();
+    rig.pod.booted(7);
+    let joined = rig
+        .pod
+        .begin_create(&id("c"), "/b".into(), StdioPaths::default());
+    assert_eq!(joined.unwrap(), Admission::Join);
+    rig.pod.created(&key("c", None), ProcessIo::none()).unwrap();
+    rig.pod.begin_delete(&key("c", None)).unwrap();
+    rig.pod.deleted(&key("c", None)).unwrap();
+    assert!(!rig.pod.is_unneeded() && rig.pod.idle_since().is_none());
+    assert!(rig.pod.begin_orderly_stop("stopped"));
+    rig.pod.vm_gone("exited");
+    rig.pod.stopped();
+    let ended = rig.pod.describe_sandbox(SystemTime::now());
+    assert!(ended.ended.is_some() && ended.exit_status() == 0);
+}
+
+#[test]
+fn the_death_of_a_prepared_sandbox_is_no_orderly_end() {
+    let mut rig = Rig::new();
+    rig.pod.prepare(crate::machine::Pod::default()).unwrap();
+    rig.pod.begin_prepared_boot().unwrap();
+    rig.pod.booted(7);
+    rig.pod.vm_gone("killed");
+    rig.pod.stopped();
+    let ended = rig.pod.describe_sandbox(SystemTime::now());
+    assert_eq!(ended.exit_status(), VM_DIED);
+}
+
+#[test]
 fn a_whole_life_is_told_in_order() {
     let mut rig = Rig::running();
     rig.pod.exited(&key("c", None), exit(42));
@@ -109,7 +158,7 @@ fn a_whole_life_is_told_in_order() {
         rig.told(),
         ["create c", "start c", "exit c 42", "delete c 42"]
     );
-    assert!(rig.pod.is_empty() && rig.pod.idle_since().is_some());
+    assert!(rig.pod.is_unneeded() && rig.pod.idle_since().is_some());
 }
 
 #[test]
@@ -276,6 +325,20 @@ fn a_foreign_oom_is_not_told() {
     rig.pod.out_of_memory(&id("someone"));
     rig.pod.out_of_memory(&id("c"));
     assert_eq!(rig.told(), ["oom c"]);
+}
+
+#[test]
+fn an_end_for_want_of_memory_is_told_after_its_cause_and_the_cause_once() {
+    let mut rig = Rig::running();
+    rig.told();
+    let killed = Exit {
+        oom_killed: true,
+        ..exit(137)
+    };
+    rig.pod.exited(&key("c", None), killed);
+    // The agent's notice comes late.
+    rig.pod.out_of_memory(&id("c"));
+    assert_eq!(rig.told(), ["oom c", "exit c 137"]);
 }
 
 #[test]
