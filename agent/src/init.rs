@@ -113,8 +113,8 @@ const NOEXEC_PTS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC);
 
 /// Where the cgroup v2 tree is.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
-/// The agent's own cgroup: processes in the root would be in nobody's statistics.
-const AGENT_CGROUP: &str = "/sys/fs/cgroup/agent";
+/// The agent's own cgroup: processes in the root would be in nobody's statistics. No container has such a name.
+const AGENT_CGROUP: &str = "/sys/fs/cgroup/.agent";
 
 /// Open files of the agent, and of a container whose spec sets no limit: what containerd gives as well. It is the
 /// kernel's default for fs.nr_open, above which nobody can go.

@@ -6,7 +6,7 @@
 //! | `NOT_FOUND`           | no such container or exec                                     |
 //! | `ALREADY_EXISTS`      | a container or exec of this name exists, the sandbox is started |
 //! | `FAILED_PRECONDITION` | not in this state: not started yet, started before, ended     |
-//! | `ABORTED`             | `StartProcess`: the program can't be run; `WaitProcess` has 126 or 127 |
+//! | `ABORTED`             | `StartProcess`: the program can't be run; an `ExecFailure` has 126 or 127 |
 //! | `INTERNAL`            | the kernel refused                                            |
 
 use crate::container::{self, Container};
@@ -30,7 +30,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 use ttrpc::r#async::TtrpcContext;
-use ttrpc::error::get_rpc_status;
+use ttrpc::error::{get_rpc_status, get_status};
 use ttrpc::{Code, Error as RpcError, Result as RpcResult};
 
 /// The service.
@@ -307,7 +307,15 @@ fn invalid(message: &str) -> RpcError {
 
 fn status(error: impl Into<SandboxError>) -> RpcError {
     let error = error.into();
-    get_rpc_status(code(&error), one_line(&error))
+    let mut status = get_status(code(&error), one_line(&error));
+    if let SandboxError::Process(ProcessError::Start {
+        cause: container::Error::Exec { kind, .. },
+        ..
+    }) = &error
+    {
+        kind.attach(&mut status);
+    }
+    RpcError::RpcStatus(status)
 }
 
 fn code(error: &SandboxError) -> Code {

@@ -4,8 +4,10 @@
 //! - [`stream`]: the handshake that opens a vsock connection as one stdio stream.
 //! - [`vmm`]: shim → hypervisor process, over an inherited socket.
 //! - [`cri`]: what Kubernetes says of a pod, passed on by containerd.
+//! - [`exec_failure`]: which exit status a program that can't be executed has, beside the error that says so.
 //! - [`ids`] and [`limits`]: names and bounds that both sides must agree on.
 
+pub mod exec_failure;
 pub mod ids;
 pub mod limits;
 pub mod stream;

@@ -13,6 +13,7 @@ use coffer_proto::agent::{
     StatContainerResponse, StatGuestResponse, Stdio, UpdateContainerRequest, event,
 };
 use coffer_proto::agent_ttrpc::AgentClient;
+use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::{ContainerId, ExecId};
 use coffer_proto::limits::{MAX_LISTED_PROCESSES, MAX_RPC_MESSAGE};
 use std::future::Future;
@@ -52,6 +53,9 @@ pub enum AgentError {
         code: ttrpc::Code,
         message: String,
     },
+    /// The user's program can't be executed, in the agent's words.
+    #[error("{message}")]
+    Exec { kind: Unexecutable, message: String },
     #[error("the agent's answer to {call} is not valid: {what}")]
     Invalid { call: &'static str, what: String },
     #[error("{what} of {size} bytes does not fit into a message to the agent")]
@@ -109,12 +113,8 @@ impl Agent {
         deadline: Duration,
     ) -> Result<Guest, AgentError> {
         let call = "StartSandbox";
-        let answer = answer(
-            call,
-            deadline,
-            self.client.start_sandbox(context(deadline), request),
-        )
-        .await?;
+        let sent = self.client.start_sandbox(context(deadline), request);
+        let answer = answer(call, deadline, sent).await?;
         if answer.version.is_empty() || answer.kernel_release.is_empty() {
             return Err(invalid(call, "version or kernel release is empty"));
         }
@@ -129,15 +129,8 @@ impl Agent {
 
     /// Sets up one network interface.
     pub async fn configure_interface(&self, interface: &Interface) -> Result<(), AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "ConfigureInterface",
-            deadline,
-            self.client
-                .configure_interface(context(deadline), interface),
-        )
-        .await?;
-        Ok(())
+        let send = |context| self.client.configure_interface(context, interface);
+        self.call("ConfigureInterface", QUICK, send).await.map(drop)
     }
 
     /// Prepares a container; gives its init process's pid in the guest.
@@ -154,16 +147,9 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let deadline = self.scaled(PROCESS);
-        pid(
-            "CreateContainer",
-            &answer(
-                "CreateContainer",
-                deadline,
-                self.client.create_container(context(deadline), &request),
-            )
-            .await?,
-        )
+        let call = "CreateContainer";
+        let send = |context| self.client.create_container(context, &request);
+        pid(call, &self.call(call, PROCESS, send).await?)
     }
 
     /// Prepares another process of a container.
@@ -174,41 +160,23 @@ impl Agent {
         stdio: Stdio,
     ) -> Result<(), AgentError> {
         fits("the process", process.len())?;
-        let ProcessRef {
-            container_id,
-            exec_id,
-            ..
-        } = reference(key);
+        let target = reference(key);
         let request = ExecProcessRequest {
-            container_id,
-            exec_id,
+            container_id: target.container_id,
+            exec_id: target.exec_id,
             process,
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let deadline = self.scaled(PROCESS);
-        answer(
-            "ExecProcess",
-            deadline,
-            self.client.exec_process(context(deadline), &request),
-        )
-        .await?;
-        Ok(())
+        let send = |context| self.client.exec_process(context, &request);
+        self.call("ExecProcess", PROCESS, send).await.map(drop)
     }
 
     /// Lets a prepared process run; gives its pid in the guest.
     pub async fn start_process(&self, key: &ProcessKey) -> Result<u32, AgentError> {
-        let deadline = self.scaled(PROCESS);
-        pid(
-            "StartProcess",
-            &answer(
-                "StartProcess",
-                deadline,
-                self.client
-                    .start_process(context(deadline), &reference(key)),
-            )
-            .await?,
-        )
+        let (call, target) = ("StartProcess", reference(key));
+        let send = |context| self.client.start_process(context, &target);
+        pid(call, &self.call(call, PROCESS, send).await?)
     }
 
     /// Waits for the end of a process. The one call without a deadline; it fails when the connection breaks.
@@ -235,26 +203,16 @@ impl Agent {
         signal: u32,
         all: bool,
     ) -> Result<(), AgentError> {
-        let ProcessRef {
-            container_id,
-            exec_id,
-            ..
-        } = reference(key);
+        let target = reference(key);
         let request = SignalProcessRequest {
-            container_id,
-            exec_id,
+            container_id: target.container_id,
+            exec_id: target.exec_id,
             signal,
             all,
             ..Default::default()
         };
-        let deadline = self.scaled(QUICK);
-        answer(
-            "SignalProcess",
-            deadline,
-            self.client.signal_process(context(deadline), &request),
-        )
-        .await?;
-        Ok(())
+        let send = |context| self.client.signal_process(context, &request);
+        self.call("SignalProcess", QUICK, send).await.map(drop)
     }
 
     /// Sets the size of a process's terminal.
@@ -264,65 +222,37 @@ impl Agent {
         rows: u32,
         columns: u32,
     ) -> Result<(), AgentError> {
-        let ProcessRef {
-            container_id,
-            exec_id,
-            ..
-        } = reference(key);
+        let target = reference(key);
         let request = ResizeTerminalRequest {
-            container_id,
-            exec_id,
+            container_id: target.container_id,
+            exec_id: target.exec_id,
             rows,
             columns,
             ..Default::default()
         };
-        let deadline = self.scaled(QUICK);
-        answer(
-            "ResizeTerminal",
-            deadline,
-            self.client.resize_terminal(context(deadline), &request),
-        )
-        .await?;
-        Ok(())
+        let send = |context| self.client.resize_terminal(context, &request);
+        self.call("ResizeTerminal", QUICK, send).await.map(drop)
     }
 
     /// Forgets an ended process, or a container with everything in it.
     pub async fn delete_process(&self, key: &ProcessKey) -> Result<(), AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "DeleteProcess",
-            deadline,
-            self.client
-                .delete_process(context(deadline), &reference(key)),
-        )
-        .await?;
-        Ok(())
+        let target = reference(key);
+        let send = |context| self.client.delete_process(context, &target);
+        self.call("DeleteProcess", QUICK, send).await.map(drop)
     }
 
     /// Freezes a container.
     pub async fn pause_container(&self, id: &ContainerId) -> Result<(), AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "PauseContainer",
-            deadline,
-            self.client
-                .pause_container(context(deadline), &container(id)),
-        )
-        .await?;
-        Ok(())
+        let target = container(id);
+        let send = |context| self.client.pause_container(context, &target);
+        self.call("PauseContainer", QUICK, send).await.map(drop)
     }
 
     /// Thaws a container.
     pub async fn resume_container(&self, id: &ContainerId) -> Result<(), AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "ResumeContainer",
-            deadline,
-            self.client
-                .resume_container(context(deadline), &container(id)),
-        )
-        .await?;
-        Ok(())
+        let target = container(id);
+        let send = |context| self.client.resume_container(context, &target);
+        self.call("ResumeContainer", QUICK, send).await.map(drop)
     }
 
     /// Applies an OCI `LinuxResources` JSON.
@@ -337,14 +267,8 @@ impl Agent {
             resources,
             ..Default::default()
         };
-        let deadline = self.scaled(QUICK);
-        answer(
-            "UpdateContainer",
-            deadline,
-            self.client.update_container(context(deadline), &request),
-        )
-        .await?;
-        Ok(())
+        let send = |context| self.client.update_container(context, &request);
+        self.call("UpdateContainer", QUICK, send).await.map(drop)
     }
 
     /// The container's cgroup figures. Numbers only, so there is nothing to check but their presence.
@@ -352,28 +276,16 @@ impl Agent {
         &self,
         id: &ContainerId,
     ) -> Result<StatContainerResponse, AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "StatContainer",
-            deadline,
-            self.client
-                .stat_container(context(deadline), &container(id)),
-        )
-        .await
+        let target = container(id);
+        let send = |context| self.client.stat_container(context, &target);
+        self.call("StatContainer", QUICK, send).await
     }
 
     /// The container's processes, with text that is safe to print.
     pub async fn list_processes(&self, id: &ContainerId) -> Result<Vec<Process>, AgentError> {
-        let deadline = self.scaled(QUICK);
-        let call = "ListProcesses";
-        let mut list = answer(
-            call,
-            deadline,
-            self.client
-                .list_processes(context(deadline), &container(id)),
-        )
-        .await?
-        .processes;
+        let (call, target) = ("ListProcesses", container(id));
+        let send = |context| self.client.list_processes(context, &target);
+        let mut list = self.call(call, QUICK, send).await?.processes;
         if list.len() > MAX_LISTED_PROCESSES {
             return Err(invalid(call, format!("{} processes", list.len())));
         }
@@ -405,29 +317,30 @@ impl Agent {
 
     /// The guest's memory and uptime.
     pub async fn stat_guest(&self) -> Result<StatGuestResponse, AgentError> {
-        let deadline = self.scaled(QUICK);
-        answer(
-            "StatGuest",
-            deadline,
-            self.client.stat_guest(context(deadline), &Empty::new()),
-        )
-        .await
+        let empty = Empty::new();
+        let send = |context| self.client.stat_guest(context, &empty);
+        self.call("StatGuest", QUICK, send).await
     }
 
     /// Asks the guest to end.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
-        let deadline = self.scaled(SHUTDOWN);
-        answer(
-            "Shutdown",
-            deadline,
-            self.client.shutdown(context(deadline), &Empty::new()),
-        )
-        .await?;
-        Ok(())
+        let empty = Empty::new();
+        let send = |context| self.client.shutdown(context, &empty);
+        self.call("Shutdown", SHUTDOWN, send).await.map(drop)
     }
 
-    fn scaled(&self, deadline: Duration) -> Duration {
-        deadline * self.slowness
+    /// One call, with a deadline that counts in how slow the guest is.
+    async fn call<R, F>(
+        &self,
+        name: &'static str,
+        deadline: Duration,
+        send: impl FnOnce(Context) -> F,
+    ) -> Result<R, AgentError>
+    where
+        F: Future<Output = ttrpc::Result<R>>,
+    {
+        let deadline = deadline * self.slowness;
+        answer(name, deadline, send(context(deadline))).await
     }
 }
 
@@ -448,11 +361,17 @@ async fn answer<R>(
 
 fn failed(call: &'static str, error: ttrpc::Error) -> AgentError {
     match error {
-        ttrpc::Error::RpcStatus(status) => AgentError::Refused {
-            call,
-            code: status.code(),
-            message: text(&status.message),
-        },
+        ttrpc::Error::RpcStatus(status) => {
+            let message = text(&status.message);
+            match Unexecutable::find(&status) {
+                Some(kind) => AgentError::Exec { kind, message },
+                None => AgentError::Refused {
+                    call,
+                    code: status.code(),
+                    message,
+                },
+            }
+        }
         other => AgentError::Broken {
             call,
             reason: text(&other.to_string()),
@@ -507,4 +426,4 @@ fn container(id: &ContainerId) -> ContainerRef {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

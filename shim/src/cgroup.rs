@@ -1,7 +1,10 @@
 //! The host cgroup that holds every process of a sandbox: the hypervisor process with the guest's memory, and coffer-fsd.
 //!
-//! On cgroup v2 it is one directory; on v1 and hybrid hosts one in each hierarchy that can limit or stop the sandbox.
+//! On cgroup v2 it is one directory; on v1 and hybrid hosts one in each hierarchy that can limit or stop the sandbox. Engines name
+//! its path. Where nobody does, it is `/coffer/<id>-<supervisor's pid>`, in the hierarchies that put no limit on the
+//! supervisor: a sandbox must not be a way out of its caller's limits.
 
+use coffer_proto::ids::SandboxId;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -11,8 +14,21 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// The v1 hierarchies a sandbox joins, where they are mounted.
-const V1_CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "freezer"];
+/// The v1 hierarchies a sandbox joins, where they are mounted, and the file of each that limits.
+const V1_CONTROLLERS: [(&str, &[&str]); 4] = [
+    ("cpu", &["cpu.cfs_quota_us"]),
+    ("memory", &["memory.limit_in_bytes"]),
+    ("pids", &["pids.max"]),
+    ("freezer", &[]),
+];
+/// Files of cgroup v2 that limit what a VM uses up.
+const V2_LIMITS: &[&str] = &["memory.max", "memory.high", "cpu.max"];
+/// A v1 memory limit from here on is none: the kernel's own is the largest number of whole pages.
+const V1_NO_LIMIT: u64 = 1 << 62;
+/// Parent of the cgroups that nobody else named. It comes with the first and goes with the last.
+const OWN_PARENT: &str = "/coffer";
+/// How often the parent may vanish while a child is made in it: each time another sandbox has ended.
+const CREATE_ATTEMPTS: usize = 10;
 /// A cgroup is busy until the kernel has buried its last process.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 const REMOVE_INTERVAL: Duration = Duration::from_millis(10);
@@ -40,22 +56,48 @@ pub struct SandboxCgroup {
     dirs: Vec<PathBuf>,
 }
 
+/// Where a sandbox goes for which nobody named a cgroup. The pid tells it from one of the same name in another state root.
+pub fn default_path(id: &SandboxId) -> String {
+    format!("{OWN_PARENT}/{id}-{}", std::process::id())
+}
+
 impl SandboxCgroup {
     /// Makes the cgroup at `path`, which is absolute within each hierarchy, as in the OCI `cgroupsPath`.
     pub fn create(path: &str) -> Result<Self, CgroupError> {
-        let cgroup = Self::at(path)?;
-        for dir in &cgroup.dirs {
-            if let Err(source) = fs::create_dir_all(dir) {
+        Self::at(path)?.make()
+    }
+
+    /// The same, in the hierarchies only where this process is under no limit. None if there is no such hierarchy.
+    pub fn create_unconfined(path: &str) -> Result<Option<Self>, CgroupError> {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let mut cgroup = Self::at(path)?;
+        let confined: Vec<PathBuf> = hierarchies()
+            .into_iter()
+            .filter(|hierarchy| hierarchy.confines(&own))
+            .map(|hierarchy| hierarchy.root)
+            .collect();
+        cgroup
+            .dirs
+            .retain(|dir| !confined.iter().any(|root| dir.starts_with(root)));
+        if cgroup.dirs.is_empty() {
+            return Ok(None);
+        }
+        cgroup.make().map(Some)
+    }
+
+    fn make(self) -> Result<Self, CgroupError> {
+        for dir in &self.dirs {
+            if let Err(source) = make_dir(dir) {
                 let error = CgroupError::Create {
                     path: dir.clone(),
                     source,
                 };
                 // Half a cgroup is of no use; what was made goes again.
-                let _ = cgroup.remove();
+                let _ = self.remove();
                 return Err(error);
             }
         }
-        Ok(cgroup)
+        Ok(self)
     }
 
     /// Names a cgroup that may or may not exist, for cleaning up.
@@ -72,7 +114,7 @@ impl SandboxCgroup {
         Ok(Self {
             dirs: hierarchies()
                 .into_iter()
-                .map(|root| root.join(relative))
+                .map(|hierarchy| hierarchy.root.join(relative))
                 .collect(),
         })
     }
@@ -113,21 +155,103 @@ impl SandboxCgroup {
                     }
                 }
             }
+            if let Some(parent) = dir.parent().filter(|parent| is_own_parent(parent)) {
+                // While other sandboxes are in there it stays.
+                let _ = fs::remove_dir(parent);
+            }
         }
         Ok(())
     }
 }
 
-fn hierarchies() -> Vec<PathBuf> {
+fn make_dir(dir: &Path) -> io::Result<()> {
+    let mut made = fs::create_dir_all(dir);
+    for _ in 1..CREATE_ATTEMPTS {
+        match &made {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                made = fs::create_dir_all(dir);
+            }
+            _ => break,
+        }
+    }
+    made
+}
+
+fn is_own_parent(dir: &Path) -> bool {
+    hierarchies()
+        .iter()
+        .any(|hierarchy| hierarchy.root.join(&OWN_PARENT[1..]) == dir)
+}
+
+/// A mounted tree of cgroups.
+#[derive(Debug)]
+struct Hierarchy {
+    root: PathBuf,
+    /// The v1 controller; None for v2.
+    controller: Option<&'static str>,
+    /// Files that hold a limit.
+    limits: &'static [&'static str],
+}
+
+fn hierarchies() -> Vec<Hierarchy> {
     let root = Path::new(ROOT);
     if root.join("cgroup.controllers").exists() {
-        return vec![root.to_owned()];
+        return vec![Hierarchy {
+            root: root.to_owned(),
+            controller: None,
+            limits: V2_LIMITS,
+        }];
     }
     V1_CONTROLLERS
         .iter()
-        .map(|name| root.join(name))
-        .filter(|dir| dir.join("cgroup.procs").exists())
+        .map(|(name, limits)| Hierarchy {
+            root: root.join(name),
+            controller: Some(name),
+            limits,
+        })
+        .filter(|hierarchy| hierarchy.root.join("cgroup.procs").exists())
         .collect()
+}
+
+impl Hierarchy {
+    /// Whether a process with this `/proc/<pid>/cgroup` has a limit here, set on its cgroup or on one above.
+    fn confines(&self, proc_cgroup: &str) -> bool {
+        // "4:cpu,cpuacct:/path", in v2 "0::/path"; a path above the root of a cgroup namespace begins with "/..".
+        let path = proc_cgroup.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            let here = match self.controller {
+                None => controllers.is_empty(),
+                Some(name) => controllers.split(',').any(|other| other == name),
+            };
+            here.then_some(path)
+        });
+        let Some(path) = path.and_then(|path| path.strip_prefix('/')) else {
+            return false;
+        };
+        let Ok(cgroup) = Path::new(path)
+            .components()
+            .map(|part| match part {
+                Component::Normal(name) => Ok(name),
+                _ => Err(()),
+            })
+            .collect::<Result<PathBuf, ()>>()
+        else {
+            return true;
+        };
+        cgroup.ancestors().any(|cgroup| {
+            let has_limit = |file: &&str| {
+                let text = fs::read_to_string(self.root.join(cgroup).join(file));
+                text.is_ok_and(|text| is_limit(&text))
+            };
+            self.limits.iter().any(has_limit)
+        })
+    }
+}
+
+/// "max", "max 100000", "-1" and the largest number of bytes are none.
+fn is_limit(text: &str) -> bool {
+    let value = text.split_whitespace().next().unwrap_or("max");
+    value.parse::<u64>().is_ok_and(|value| value < V1_NO_LIMIT)
 }
 
 fn kill_all(dir: &Path) {
@@ -156,6 +280,44 @@ mod tests {
                 "{bad:?} was taken"
             );
         }
+    }
+
+    #[test]
+    fn a_limit_on_or_above_the_own_cgroup_confines() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = root.path().join("a/b");
+        fs::create_dir_all(&cgroup).unwrap();
+        let hierarchy = Hierarchy {
+            root: root.path().to_owned(),
+            controller: Some("memory"),
+            limits: &["limit"],
+        };
+        let limit = |text: &str| fs::write(root.path().join("a/limit"), text).unwrap();
+        for none in ["max\n", "max 100000\n", "-1\n", "9223372036854771712\n"] {
+            limit(none);
+            assert!(!hierarchy.confines("9:memory,x:/a/b\n0::/c\n"), "{none}");
+        }
+        limit("1048576\n");
+        assert!(hierarchy.confines("9:memory,x:/a/b\n0::/c\n"));
+        assert!(!hierarchy.confines("9:memory,x:/\n"));
+        assert!(!hierarchy.confines("9:cpu:/a/b\n0::/a/b\n"));
+        // Out of the cgroup namespace: nobody knows what is set there.
+        assert!(hierarchy.confines("9:memory:/../a\n"));
+        let v2 = Hierarchy {
+            controller: None,
+            ..hierarchy
+        };
+        assert!(v2.confines("0::/a/b\n"));
+    }
+
+    #[test]
+    fn the_common_parent_goes_with_the_last() {
+        let names = ["a", "b"].map(|name| SandboxId::new(format!("{name}-test")).unwrap());
+        let [first, second] = names.map(|id| SandboxCgroup::create(&default_path(&id)).unwrap());
+        first.remove().unwrap();
+        assert!(second.dirs.iter().all(|dir| dir.is_dir()));
+        second.remove().unwrap();
+        assert!(second.dirs.iter().all(|dir| !dir.exists()));
     }
 
     #[test]

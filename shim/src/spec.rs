@@ -4,6 +4,10 @@
 //! a network namespace becomes the VM's network, host hooks stay on the host. What is left is sent to the agent,
 //! which honours a field or refuses it by name.
 
+mod labels;
+
+pub use labels::strip_process;
+
 use crate::mount_points::MountPoint;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
@@ -177,6 +181,10 @@ impl Bundle {
             }
         }
         let mount_points = mount_points(&spec, &binds);
+        let labels = labels::strip(&mut spec);
+        if !labels.is_empty() {
+            tracing::info!(container = %id, ?labels, "labels of the host are left out: the guest has no such module");
+        }
         let (network_namespace, cgroups_path) = take_host_side_of_linux(&mut spec);
         let host_hooks = take_host_hooks(&mut spec)?;
         Ok(GuestSpec {

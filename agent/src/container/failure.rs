@@ -2,14 +2,11 @@
 
 use std::io;
 
+use coffer_proto::exec_failure::Unexecutable;
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-
-/// Exit status of a program that was not found, as in a shell.
-pub const NOT_FOUND: u8 = 127;
-/// Exit status of a program that was found and can't be executed.
-pub const NOT_EXECUTABLE: u8 = 126;
 
 /// A step of the set-up that failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +15,7 @@ pub struct Failure {
     pub step: String,
     pub message: String,
     pub errno: Option<i32>,
-    /// Set when it was the user's program that can't be executed: [`NOT_FOUND`] or [`NOT_EXECUTABLE`].
+    /// Set when it was the user's program that can't be executed: 126 or 127, as [`Unexecutable`] has it.
     pub status: Option<u8>,
 }
 
@@ -33,14 +30,24 @@ impl Failure {
         }
     }
 
-    /// The user's program can't be executed.
-    pub fn exec(program: &str, status: u8, message: &str) -> Self {
+    /// The user's program can't be executed. The words are runc's, in which engines look for the kind of failure.
+    pub fn exec(program: &str, kind: Unexecutable, message: &str) -> Self {
         Self {
             step: "exec".into(),
-            message: format!("exec {program:?}: {message}"),
+            message: format!("exec: {program:?}: {message}"),
             errno: None,
-            status: Some(status),
+            status: Some(kind.exit_status()),
         }
+    }
+
+    /// The same, for the error of a system call.
+    pub fn exec_errno(program: &str, errno: Errno) -> Self {
+        let kind = match errno {
+            Errno::ENOENT | Errno::ENOTDIR => Unexecutable::NotFound,
+            _ => Unexecutable::NotExecutable,
+        };
+        // Go, and so every engine, writes system errors in lower case.
+        Self::exec(program, kind, &errno.desc().to_ascii_lowercase())
     }
 }
 
@@ -60,9 +67,10 @@ pub fn at<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Fail
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        match failure.status {
-            Some(status) => Self::Exec {
-                status,
+        let kind = failure.status.map(u32::from);
+        match kind.and_then(Unexecutable::of_exit_status) {
+            Some(kind) => Self::Exec {
+                kind,
                 message: failure.message,
             },
             None => Self::Step {

@@ -50,6 +50,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use coffer_proto::agent::StatContainerResponse;
+use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::ContainerId;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -101,9 +102,9 @@ pub enum Error {
     /// A field of the spec that can't be honoured, by its JSON name.
     #[error("{field}: {reason}")]
     Refused { field: String, reason: String },
-    /// The program could not be executed; `status` is the exit status a shell would give: 126 or 127.
+    /// The program could not be executed.
     #[error("{message}")]
-    Exec { status: u8, message: String },
+    Exec { kind: Unexecutable, message: String },
     /// A step of the set-up failed, in the agent, the stage or the new process.
     #[error("{step}: {message}")]
     Step {

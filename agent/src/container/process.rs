@@ -11,6 +11,7 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use coffer_proto::exec_failure::Unexecutable;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::prctl;
@@ -26,7 +27,7 @@ use oci_spec::runtime::{
 };
 
 use super::capabilities::{self, Sets};
-use super::failure::{Failure, NOT_EXECUTABLE, NOT_FOUND, at};
+use super::failure::{Failure, at};
 use super::root::Root;
 use super::{console, seccomp};
 
@@ -120,7 +121,8 @@ impl<'a> Launcher<'a> {
             Ok(never) => match never {},
             Err(errno) => errno,
         };
-        Err(cannot_execute(name, errno))
+        // The file was there a moment ago: if something is not found now, it is its interpreter.
+        Err(Failure::exec_errno(name, errno))
     }
 
     fn become_user(&self, user: &User) -> Result<(), Failure> {
@@ -347,7 +349,6 @@ fn enter_cwd(root: &Root, cwd: &Path) -> Result<(), Failure> {
 
 /// The file to execute, found as execvp(3) would with the process's own PATH.
 fn find_program(name: &str, env: &[String]) -> Result<CString, Failure> {
-    let fail = |status, message| Failure::exec(name, status, message);
     let candidates: Vec<PathBuf> = if name.contains('/') {
         vec![PathBuf::from(name)]
     } else {
@@ -366,16 +367,20 @@ fn find_program(name: &str, env: &[String]) -> Result<CString, Failure> {
         match check_executable(&candidate) {
             Ok(()) => {
                 return CString::new(candidate.into_os_string().into_encoded_bytes())
-                    .map_err(|_| fail(NOT_FOUND, "has a NUL in its name"));
+                    .map_err(|_| Failure::exec_errno(name, Errno::ENOENT));
             }
             Err(Errno::ENOENT | Errno::ENOTDIR) => {}
             Err(errno) => denied = denied.or(Some(errno)),
         }
     }
     match denied {
-        Some(errno) => Err(fail(NOT_EXECUTABLE, errno.desc())),
-        None if name.contains('/') => Err(fail(NOT_FOUND, Errno::ENOENT.desc())),
-        None => Err(fail(NOT_FOUND, "executable file not found in $PATH")),
+        Some(errno) => Err(Failure::exec_errno(name, errno)),
+        None if name.contains('/') => Err(Failure::exec_errno(name, Errno::ENOENT)),
+        None => Err(Failure::exec(
+            name,
+            Unexecutable::NotFound,
+            "executable file not found in $PATH",
+        )),
     }
 }
 
@@ -391,15 +396,6 @@ fn check_executable(path: &Path) -> nix::Result<()> {
         return Err(Errno::EACCES);
     }
     faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS)
-}
-
-fn cannot_execute(name: &str, errno: Errno) -> Failure {
-    let status = match errno {
-        // The file was there a moment ago: it is its interpreter that isn't.
-        Errno::ENOENT | Errno::ENOTDIR => NOT_FOUND,
-        _ => NOT_EXECUTABLE,
-    };
-    Failure::exec(name, status, errno.desc())
 }
 
 fn c_strings<S: AsRef<str>>(strings: &[S]) -> Result<Vec<CString>, Failure> {
@@ -457,11 +453,39 @@ mod tests {
         let path = |dirs: &str| vec!["A=b".to_owned(), format!("PATH={dirs}")];
         let found = find_program("sh", &path("/nowhere:/bin")).unwrap();
         assert_eq!(found.as_c_str(), c"/bin/sh");
-        let status = |name, dirs| find_program(name, &path(dirs)).unwrap_err().status;
-        assert_eq!(status("sh", "/nowhere"), Some(NOT_FOUND));
-        assert_eq!(status("/bin/none", "/bin"), Some(NOT_FOUND));
-        assert_eq!(status("/etc/passwd", "/bin"), Some(NOT_EXECUTABLE));
-        assert_eq!(status("/etc", "/bin"), Some(NOT_EXECUTABLE));
-        assert_eq!(status("/proc/self/exe", "/bin"), Some(NOT_EXECUTABLE));
+        let cases = [
+            (
+                "sh",
+                "/nowhere",
+                127,
+                "exec: \"sh\": executable file not found in $PATH",
+            ),
+            (
+                "/bin/none",
+                "/bin",
+                127,
+                "exec: \"/bin/none\": no such file or directory",
+            ),
+            (
+                "/etc/passwd",
+                "/bin",
+                126,
+                "exec: \"/etc/passwd\": permission denied",
+            ),
+            ("/etc", "/bin", 126, "exec: \"/etc\": permission denied"),
+            (
+                "/proc/self/exe",
+                "/bin",
+                126,
+                "exec: \"/proc/self/exe\": too many symbolic links encountered",
+            ),
+        ];
+        for (name, dirs, status, message) in cases {
+            let failure = find_program(name, &path(dirs)).unwrap_err();
+            assert_eq!(
+                (failure.status, failure.message.as_str()),
+                (Some(status), message)
+            );
+        }
     }
 }

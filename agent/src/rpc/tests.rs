@@ -5,6 +5,7 @@ use crate::boot::Phases;
 use crate::home::serve_stream;
 use crate::reaper::Reaper;
 use coffer_proto::agent_ttrpc::AgentClient;
+use coffer_proto::exec_failure::Unexecutable;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use ttrpc::asynchronous::transport::Socket;
@@ -119,15 +120,19 @@ async fn the_agent_notices_the_end_of_the_connection() {
 fn a_status_has_the_whole_chain() {
     let id = ProcessId::new("c", "e").unwrap();
     let cause = container::Error::Exec {
-        status: 127,
-        message: "no such program: \"/x\"".into(),
+        kind: Unexecutable::NotFound,
+        message: "exec: \"/x\": no such file or directory".into(),
     };
     let error = status(ProcessError::Start { id, cause });
+    let RpcError::RpcStatus(sent) = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(Unexecutable::find(sent), Some(Unexecutable::NotFound));
     assert_eq!(
         refusal::<()>(Err(error)),
         (
             Code::ABORTED,
-            "can't start exec e of container c: no such program: \"/x\"".into()
+            "can't start exec e of container c: exec: \"/x\": no such file or directory".into()
         )
     );
 }

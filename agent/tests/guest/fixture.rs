@@ -162,18 +162,8 @@ impl Draft {
 
     /// Sets what a JSON pointer names, with the objects above it.
     pub fn set(mut self, pointer: &str, value: Value) -> Self {
-        let (parent, key) = pointer
-            .rsplit_once('/')
-            .expect("a pointer begins with a slash");
-        let mut place = &mut self.spec;
-        for name in parent.split('/').skip(1) {
-            place = place
-                .as_object_mut()
-                .unwrap()
-                .entry(name)
-                .or_insert_with(|| json!({}));
-        }
-        place.as_object_mut().unwrap().insert(key.to_owned(), value);
+        let names = pointer.split('/').skip(1);
+        *names.fold(&mut self.spec, |place, name| &mut place[name]) = value;
         self
     }
 

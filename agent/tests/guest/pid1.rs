@@ -114,8 +114,8 @@ fn mount_all() -> anyhow::Result<()> {
     fs::copy("/busybox", "/run/busybox")?;
     fs::create_dir_all("/etc")?;
     symlink("/proc/self/mounts", "/etc/mtab")?;
-    fs::create_dir("/sys/fs/cgroup/agent")?;
-    fs::write("/sys/fs/cgroup/agent/cgroup.procs", "0")?;
+    fs::create_dir("/sys/fs/cgroup/.agent")?;
+    fs::write("/sys/fs/cgroup/.agent/cgroup.procs", "0")?;
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     nix::unistd::sethostname("pod")?;
     Ok(())

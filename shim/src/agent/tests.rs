@@ -10,6 +10,33 @@ fn key() -> ProcessKey {
     }
 }
 
+/// A client of a fake agent that gives these answers, one to each call. The thread counts the calls.
+pub fn answering(answers: Vec<Vec<u8>>) -> (Agent, std::thread::JoinHandle<usize>) {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let agent = Agent::new(ours, 1).unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut answers = answers.into_iter();
+        for calls in 0.. {
+            let Some(stream) = request(&mut theirs) else {
+                return calls;
+            };
+            let answer = answers.next().unwrap_or_default();
+            theirs.write_all(&frame(stream, 2, &answer)).unwrap();
+        }
+        unreachable!("nobody calls that often")
+    });
+    (agent, thread)
+}
+
+/// Takes a request from the connection; gives its stream id, or None at the end.
+fn request(from: &mut UnixStream) -> Option<u32> {
+    let mut header = [0; 10];
+    from.read_exact(&mut header).ok()?;
+    let length = u32::from_be_bytes(header[..4].try_into().unwrap());
+    from.read_exact(&mut vec![0; length as usize]).unwrap();
+    Some(u32::from_be_bytes(header[4..8].try_into().unwrap()))
+}
+
 /// A client, and what the fake agent gets to see and say: `reply` maps the stream id of the request to raw bytes.
 fn hostile(
     reply: impl FnOnce(u32) -> Vec<u8> + Send + 'static,
@@ -17,11 +44,7 @@ fn hostile(
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let agent = Agent::new(ours, 1).unwrap();
     let thread = std::thread::spawn(move || {
-        let mut header = [0; 10];
-        theirs.read_exact(&mut header).unwrap();
-        let length = u32::from_be_bytes(header[..4].try_into().unwrap());
-        let stream = u32::from_be_bytes(header[4..8].try_into().unwrap());
-        theirs.read_exact(&mut vec![0; length as usize]).unwrap();
+        let stream = request(&mut theirs).unwrap();
         // The client may hang up in the middle of an endless answer.
         let _ = theirs.write_all(&reply(stream));
         theirs
@@ -40,8 +63,15 @@ fn frame(stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
     .concat()
 }
 
+/// A ttrpc Response that refuses.
+pub fn refusal(message: &str) -> Vec<u8> {
+    let mut response = ttrpc::Response::new();
+    response.set_status(ttrpc::get_status(ttrpc::Code::INTERNAL, message));
+    protobuf::Message::write_to_bytes(&response).unwrap()
+}
+
 /// A ttrpc Response with this message in its payload field.
-fn response(message: &impl protobuf::Message) -> Vec<u8> {
+pub fn response(message: &impl protobuf::Message) -> Vec<u8> {
     let mut response = ttrpc::Response::new();
     response.payload = message.write_to_bytes().unwrap();
     protobuf::Message::write_to_bytes(&response).unwrap()
@@ -160,4 +190,20 @@ async fn the_guests_words_are_made_printable() {
         "{} bytes",
         error.len()
     );
+}
+
+#[tokio::test]
+async fn a_program_that_cannot_run_is_told_by_kind() {
+    let mut status = ttrpc::get_status(ttrpc::Code::ABORTED, "exec: \"x\": permission denied");
+    Unexecutable::NotExecutable.attach(&mut status);
+    let mut answer = ttrpc::Response::new();
+    answer.set_status(status);
+    let (agent, _calls) = answering(vec![protobuf::Message::write_to_bytes(&answer).unwrap()]);
+    match agent.start_process(&key()).await.unwrap_err() {
+        AgentError::Exec { kind, message } => {
+            assert_eq!(kind, Unexecutable::NotExecutable);
+            assert_eq!(message, "exec: \"x\": permission denied");
+        }
+        other => panic!("{other:?}"),
+    }
 }

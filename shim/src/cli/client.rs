@@ -1,6 +1,7 @@
 //! A client of one sandbox's Task API, the same that containerd uses (`containerd.task.v3.Task` over ttrpc).
 
 use crate::machine::task_socket;
+use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::SandboxId;
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -30,6 +31,9 @@ pub enum TaskError {
     /// The supervisor's own words.
     #[error("{message}")]
     Refused { code: Code, message: String },
+    /// The guest could not execute the program.
+    #[error("{message}")]
+    Exec { kind: Unexecutable, message: String },
     #[error("the supervisor of the sandbox is gone")]
     Gone,
     #[error("the supervisor of the sandbox did not answer in time")]
@@ -46,10 +50,16 @@ impl From<ttrpc::Error> for TaskError {
             {
                 Self::Deadline
             }
-            ttrpc::Error::RpcStatus(status) => Self::Refused {
-                code: status.code(),
-                message: one_line(&status.message),
-            },
+            ttrpc::Error::RpcStatus(status) => {
+                let message = one_line(&status.message);
+                match Unexecutable::find(&status) {
+                    Some(kind) => Self::Exec { kind, message },
+                    None => Self::Refused {
+                        code: status.code(),
+                        message,
+                    },
+                }
+            }
             _ => Self::Gone,
         }
     }

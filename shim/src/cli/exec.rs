@@ -3,7 +3,7 @@
 use super::client::{Process, Task, TaskError};
 use super::default_spec::merge_env;
 use super::options::{ExecOptions, ProcessOptions};
-use super::session::{Caller, Session, exec_error};
+use super::session::{Caller, Session};
 use super::stdio::Fifos;
 use super::{Error, Found, user};
 use crate::config::Config;
@@ -43,9 +43,9 @@ pub(super) async fn exec(config: &Config, options: &ExecOptions) -> Result<u8, E
     })?;
     let block = serde_json::to_vec(&block).expect("JSON values can always be written");
     let create = async {
-        task.exec(&process, block, &fifos.paths())
-            .await
-            .map_err(exec_error)
+        let paths = fifos.paths();
+        let created = task.exec(&process, block, &paths).await;
+        created.map_err(Error::from)
     };
     caller.unless_interrupted(create).await?;
     let session = Session {

@@ -84,9 +84,6 @@ enum Error {
     Cleanup(#[from] CleanupError),
     #[error(transparent)]
     Task(#[from] TaskError),
-    /// The agent could not execute the program.
-    #[error("{message}")]
-    Exec { status: u8, message: String },
     #[error("{0}")]
     Supervisor(String),
     #[error(transparent)]
@@ -100,7 +97,7 @@ enum Error {
 impl Error {
     fn exit_status(&self) -> u8 {
         match self {
-            Self::Exec { status, .. } => *status,
+            Self::Task(TaskError::Exec { kind, .. }) => kind.exit_status(),
             Self::Interrupted(signal) => u8::try_from(128 + *signal as i32).unwrap_or(FAILED),
             _ => FAILED,
         }

@@ -2,7 +2,7 @@
 
 use super::client::{Process, StdioPaths, Task};
 use super::options::{RunOptions, SourceOptions};
-use super::session::{Caller, Session, exec_error};
+use super::session::{Caller, Session};
 use super::stdio::Fifos;
 use super::supervisor::{self, Supervisor};
 use super::values::{Cpus, MemorySize};
@@ -188,10 +188,8 @@ impl Run<'_> {
         if self.options.detach {
             let stdio = self.detached_stdio();
             let begin = async {
-                task.create(&process.container, &bundle, &stdio)
-                    .await
-                    .map_err(exec_error)?;
-                task.start(&process).await.map_err(exec_error)
+                task.create(&process.container, &bundle, &stdio).await?;
+                task.start(&process).await.map_err(Error::from)
             };
             caller.unless_interrupted(begin).await?;
             self.show_timings();
@@ -207,9 +205,9 @@ impl Run<'_> {
             source,
         })?;
         let create = async {
-            task.create(&process.container, &bundle, &fifos.paths())
-                .await
-                .map_err(exec_error)
+            let paths = fifos.paths();
+            let created = task.create(&process.container, &bundle, &paths).await;
+            created.map_err(Error::from)
         };
         caller.unless_interrupted(create).await?;
         let session = Session {

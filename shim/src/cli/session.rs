@@ -1,10 +1,9 @@
 //! A process in the foreground: its streams, terminal, signals and end are the caller's.
 
 use super::Error;
-use super::client::{Process, Task, TaskError};
+use super::client::{Process, Task};
 use super::stdio::{Copying, Fifos};
 use super::terminal::{RawMode, window_size};
-use containerd_shim_protos::ttrpc::Code;
 use nix::sys::signal::Signal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,7 +109,7 @@ impl Session {
             None
         };
         self.resize().await;
-        self.task.start(&self.process).await.map_err(exec_error)?;
+        self.task.start(&self.process).await?;
         self.resize().await;
         let status = self.attend(&copying, caller).await;
         copying.drained().await;
@@ -161,53 +160,5 @@ impl Session {
         if let Err(error) = self.task.resize(&self.process, rows, columns).await {
             tracing::debug!(%error, "terminal not resized");
         }
-    }
-}
-
-/// The agent says ABORTED for a program that can't be executed; which of the two kinds, its message tells.
-pub(super) fn exec_error(error: TaskError) -> Error {
-    match error {
-        TaskError::Refused {
-            code: Code::ABORTED,
-            message,
-        } => {
-            let missing =
-                message.contains("No such file or directory") || message.contains("not found");
-            Error::Exec {
-                status: if missing { 127 } else { 126 },
-                message,
-            }
-        }
-        error => error.into(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_program_that_is_missing_is_told_from_one_that_can_not_run() {
-        let status = |message: &str| {
-            let error = exec_error(TaskError::Refused {
-                code: Code::ABORTED,
-                message: message.into(),
-            });
-            let Error::Exec { status, .. } = error else {
-                panic!("{error:?}")
-            };
-            status
-        };
-        assert_eq!(status("exec \"/no/such\": No such file or directory"), 127);
-        assert_eq!(
-            status("exec \"such\": executable file not found in $PATH"),
-            127
-        );
-        assert_eq!(status("exec \"/etc/passwd\": Permission denied"), 126);
-        let other = exec_error(TaskError::Refused {
-            code: Code::UNKNOWN,
-            message: "not found".into(),
-        });
-        assert!(matches!(other, Error::Task(_)));
     }
 }

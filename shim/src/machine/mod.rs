@@ -26,7 +26,7 @@ use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::time::timeout;
 use wiring::Wiring;
@@ -41,6 +41,9 @@ const BETTER_REASON: Duration = Duration::from_secs(1);
 const EVENT_INTERVAL: Duration = Duration::from_millis(50);
 /// Lines from the end of the console among which a panic is looked for; an oops with its stack has fewer.
 const PANIC_LINES: usize = 100;
+/// A change of the network that did not reach the guest is tried again after this, then after twice the time, and so on.
+const NETWORK_RETRY: Duration = Duration::from_millis(500);
+const NETWORK_RETRY_MAX: Duration = Duration::from_secs(30);
 /// Lines of the guest's console that an error quotes.
 const CONSOLE_LINES: usize = 12;
 
@@ -80,6 +83,26 @@ pub struct Machine {
     wiring: Option<Wiring>,
     /// Where the pod has a network and this kernel can do it.
     _port_forward: Option<PortForward>,
+    /// Set when we end the VM ourselves: then its end is no failure, whatever it looks like from outside.
+    ending: OnceLock<End>,
+}
+
+/// How the supervisor ends a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The agent was asked to power off.
+    ShutDown,
+    /// Without the guest.
+    Killed,
+}
+
+impl End {
+    fn reason(self) -> &'static str {
+        match self {
+            Self::ShutDown => "it was shut down",
+            Self::Killed => "it was killed by its supervisor",
+        }
+    }
 }
 
 /// What ends or wakes the watch over a machine.
@@ -135,7 +158,11 @@ async fn assemble(
     let share = Share::create(&dir)?;
     phases.done("share")?;
 
-    let cgroup = parts::create_cgroup(options.cgroup.as_ref().or(pod.cgroup.as_ref()), state)?;
+    let cgroup = parts::create_cgroup(
+        options,
+        options.cgroup.as_ref().or(pod.cgroup.as_ref()),
+        state,
+    )?;
     let nics = match &pod.netns {
         Some(netns) => {
             // One without a name of its own goes with its last holder, and leaves nothing to undo.
@@ -213,6 +240,7 @@ async fn assemble(
         slowness,
         wiring,
         _port_forward: port_forward,
+        ending: OnceLock::new(),
     })
 }
 
@@ -282,7 +310,7 @@ impl Machine {
         let effect = tokio::select! {
             reason = self.vmm.gone() => return Notice::Gone(self.explain(reason)),
             ended = self.fsd.ended() => {
-                if !self.fsd.left_in_order() {
+                if !self.fsd.left_in_order() && self.ending.get().is_none() {
                     return Notice::Gone(ended);
                 }
                 ended
@@ -299,6 +327,9 @@ impl Machine {
 
     /// A guest that ends by itself says why on its console, if anywhere: in the line of a panic, or else in the last.
     fn explain(&self, reason: String) -> String {
+        if let Some(end) = self.ending.get() {
+            return end.reason().to_owned();
+        }
         let mut lines = console_tail(&self.console, PANIC_LINES);
         let panic = lines.iter().rposition(|line| line.contains("Kernel panic"));
         match panic.map(|i| lines.swap_remove(i)).or_else(|| lines.pop()) {
@@ -309,6 +340,7 @@ impl Machine {
 
     /// Ends the VM: by the agent if it answers, by the hypervisor process if that does, by SIGKILL otherwise.
     pub async fn shut_down(&self) {
+        let _ = self.ending.set(End::ShutDown);
         if self.agent.shutdown().await.is_ok()
             && timeout(GUEST_EXIT * self.slowness, self.vmm.gone())
                 .await
@@ -321,6 +353,7 @@ impl Machine {
 
     /// Ends the VM whatever the guest does.
     pub async fn kill(&self) {
+        let _ = self.ending.set(End::Killed);
         if self.vmm.stop().await.is_ok() && timeout(VMM_EXIT, self.vmm.gone()).await.is_ok() {
             return;
         }
@@ -350,16 +383,26 @@ impl Machine {
         let mut changes = network::watch(wiring.netns());
         let machine = Arc::downgrade(self);
         tokio::spawn(async move {
-            while changes.recv().await.is_some() {
+            let mut retry = None;
+            loop {
+                let change = timeout(retry.unwrap_or(Duration::MAX), changes.recv());
+                if let Ok(None) = change.await {
+                    return;
+                }
                 let Some(machine) = machine.upgrade() else {
                     return;
                 };
-                if let Err(error) = machine.follow_network().await {
-                    tracing::warn!(
-                        error = chain(&error),
-                        "a change of the network did not reach the guest"
-                    );
-                }
+                let Err(error) = machine.follow_network().await else {
+                    retry = None;
+                    continue;
+                };
+                let pause = retry.map_or(NETWORK_RETRY, |last| last * 2);
+                retry = Some(pause.min(NETWORK_RETRY_MAX));
+                tracing::warn!(
+                    error = chain(&error),
+                    ?retry,
+                    "a change of the network did not reach the guest"
+                );
             }
         });
     }

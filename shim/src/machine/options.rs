@@ -89,7 +89,7 @@ pub struct SandboxOptions {
     /// Guest kernel messages on the console, debug lines in the log.
     pub debug: bool,
     pub uids: UidRange,
-    /// The cgroup for the sandbox's processes, as the OCI `linux.cgroupsPath`. None leaves them where the supervisor is.
+    /// The cgroup for the sandbox's processes, as the OCI `linux.cgroupsPath`. None for one that nobody else named (see `cgroup.rs`).
     pub cgroup: Option<String>,
     /// containerd's namespace, which loggers are told; empty elsewhere.
     #[serde(default)]

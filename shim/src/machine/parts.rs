@@ -3,12 +3,12 @@
 use super::child::{Child, SpawnError};
 use super::options::SandboxOptions;
 use crate::agent::AgentError;
-use crate::cgroup::{CgroupError, SandboxCgroup};
+use crate::cgroup::{self, CgroupError, SandboxCgroup};
 use crate::io::{VSOCK_SOCKET, socket_in};
 use crate::network::{NetworkError, Nic};
 use crate::share::{Share, ShareError};
 use crate::state::{State, StateError, StateFile};
-use crate::vmm::VmmError;
+use crate::vmm::{VmmError, chain};
 use coffer_proto::ids::SandboxId;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, MAX_VCPUS, SHARE_TAG};
 use coffer_proto::vmm::{FdIndex, FsConfig, HostPort, NicConfig, VmConfig, VsockConfig, console};
@@ -175,14 +175,29 @@ pub fn take_uid(options: &SandboxOptions, state: &StateFile) -> Result<u32, Boot
     Ok(uid)
 }
 
-/// The cgroup of the sandbox's processes, where one was asked for.
+/// The cgroup of the sandbox's processes: where somebody asked for, or one of our own if this host lets us have it.
 pub fn create_cgroup(
-    path: Option<&String>,
+    options: &SandboxOptions,
+    named: Option<&String>,
     state: &StateFile,
 ) -> Result<Option<SandboxCgroup>, BootCause> {
-    let Some(path) = path else { return Ok(None) };
-    state.update(|state| state.cgroup = Some(path.clone()))?;
-    Ok(Some(SandboxCgroup::create(path)?))
+    let record = |path: String| state.update(|state| state.cgroup = Some(path));
+    if let Some(path) = named {
+        record(path.clone())?;
+        return Ok(Some(SandboxCgroup::create(path)?));
+    }
+    let path = cgroup::default_path(&options.id);
+    record(path.clone())?;
+    match SandboxCgroup::create_unconfined(&path) {
+        Err(error @ CgroupError::Create { .. }) => {
+            tracing::warn!(
+                error = chain(&error),
+                "the sandbox has no cgroup of its own"
+            );
+            Ok(None)
+        }
+        made => Ok(made?),
+    }
 }
 
 /// Starts coffer-fsd on the share; gives the connected vhost-user socket for the VM.

@@ -9,7 +9,7 @@ use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec};
 use crate::mount_points;
-use crate::spec::{Bundle, GuestSpec};
+use crate::spec::{self, Bundle, GuestSpec};
 use crate::state::ContainerRecord;
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, ExecId};
@@ -203,7 +203,7 @@ impl Sandbox {
             container: new.container.clone(),
             exec: Some(new.exec.clone()),
         };
-        let process = with_terminal(&new.process, new.stdio.terminal)?;
+        let process = guest_process(&new.process, new.stdio.terminal)?;
         let machine = self.machine().await?;
         let (target, exec, stdio) = (key.clone(), new.exec.clone(), new.stdio.clone());
         self.apply(move |pod| pod.begin_exec(&target, &exec, stdio))
@@ -279,17 +279,19 @@ fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), E
     Ok(())
 }
 
-/// CRI-O copies the container's process for an exec and changes only the request: what the request says counts.
-fn with_terminal(process: &[u8], terminal: bool) -> Result<Vec<u8>, Error> {
+/// The OCI process of an exec as the agent gets it. CRI-O copies the container's process and changes only the request: what that
+/// says about a terminal counts.
+fn guest_process(process: &[u8], terminal: bool) -> Result<Vec<u8>, Error> {
     let malformed = |source| Error::Malformed {
         what: "the exec's process",
         source,
     };
-    let parsed: oci_spec::runtime::Process = serde_json::from_slice(process).map_err(malformed)?;
-    if parsed.terminal().unwrap_or(false) == terminal {
-        return Ok(process.to_vec());
-    }
     let mut value: serde_json::Value = serde_json::from_slice(process).map_err(malformed)?;
+    let _: oci_spec::runtime::Process = serde_json::from_value(value.clone()).map_err(malformed)?;
+    if !value.is_object() {
+        return Err(malformed(serde::de::Error::custom("it is no object")));
+    }
     value["terminal"] = terminal.into();
+    spec::strip_process(&mut value);
     serde_json::to_vec(&value).map_err(malformed)
 }

@@ -66,13 +66,13 @@ impl Sandbox {
                     Notice::Gone(reason) => break reason,
                 }
             };
-            tracing::info!(reason, "the VM is gone");
             sandbox.finish(reason).await;
         });
     }
 
     /// The VM is gone or never was: tells every container and frees the host.
     async fn finish(&self, reason: String) {
+        tracing::info!(reason, "the VM is gone");
         let Ok(reason) = self.change(move |pod| pod.vm_gone(&reason)).await else {
             return;
         };

@@ -10,6 +10,7 @@ use crate::mount_points::MountPointError;
 use crate::share::ShareError;
 use crate::spec::SpecError;
 use crate::state::StateError;
+use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::InvalidId;
 use std::io;
 use ttrpc::Code;
@@ -80,6 +81,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Why the program can't be executed, if that is what failed.
+    pub fn unexecutable(&self) -> Option<Unexecutable> {
+        match self {
+            Self::Agent(AgentError::Exec { kind, .. }) => Some(*kind),
+            _ => None,
+        }
+    }
+
     /// The gRPC status code, as containerd's shims choose it.
     pub fn code(&self) -> Code {
         match self {
@@ -103,6 +112,7 @@ impl Error {
             Self::Agent(AgentError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
             Self::Agent(AgentError::Broken { .. }) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Refused { code, .. }) => *code,
+            Self::Agent(AgentError::Exec { .. }) => Code::ABORTED,
             Self::Agent(AgentError::TooLarge { .. }) => Code::INVALID_ARGUMENT,
             _ => Code::UNKNOWN,
         }

@@ -43,7 +43,9 @@ impl Sandbox {
 
     async fn start_failed(&self, key: ProcessKey, error: Error) -> Error {
         let exit = Exit {
-            status: 255,
+            status: error
+                .unexecutable()
+                .map_or(255, |kind| kind.exit_status().into()),
             at: SystemTime::now(),
             reason: Some(chain(&error)),
             oom_killed: false,

@@ -70,6 +70,29 @@ fn the_host_side_is_taken_out() {
 }
 
 #[test]
+fn labels_of_the_host_do_not_reach_the_guest() {
+    let dir = bundle(|config| {
+        config["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
+        config["process"]["selinuxLabel"] = json!("system_u:system_r:container_t:s0:c1,c2");
+        config["linux"]["mountLabel"] = json!("system_u:object_r:container_file_t:s0:c1,c2");
+        config["mounts"] = json!([{"destination": "/t", "type": "tmpfs", "source": "tmpfs",
+            "options": ["nosuid", "context=\"system_u:object_r:container_file_t:s0\"", "size=1m"]}]);
+    });
+    let guest = Bundle::load(dir.path())
+        .and_then(|bundle| bundle.for_guest(&ContainerId::new("c").unwrap()))
+        .unwrap();
+    let json = String::from_utf8(guest.json).unwrap();
+    assert!(
+        !json.contains("system_u") && !json.contains("apparmor"),
+        "{json}"
+    );
+    assert!(json.contains("nosuid") && json.contains("size=1m"));
+    let mut exec = json!({"args": ["a"], "apparmorProfile": "x", "selinuxLabel": "y"});
+    strip_process(&mut exec);
+    assert_eq!(exec, json!({"args": ["a"]}));
+}
+
+#[test]
 fn errors_name_field_and_value() {
     type Case = (fn(&mut Value), &'static str, &'static str);
     let cases: [Case; 9] = [

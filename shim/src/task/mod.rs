@@ -101,7 +101,11 @@ async fn whole<T: Send + 'static>(
 fn status(error: Error) -> ttrpc::Error {
     let message = chain(&error);
     tracing::debug!(code = ?error.code(), message, "refused");
-    rpc_error(error.code(), message)
+    let mut status = ttrpc::get_status(error.code(), message);
+    if let Some(kind) = error.unexecutable() {
+        kind.attach(&mut status);
+    }
+    ttrpc::Error::RpcStatus(status)
 }
 
 fn rpc_error(code: ttrpc::Code, message: String) -> ttrpc::Error {

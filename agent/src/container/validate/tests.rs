@@ -13,16 +13,11 @@ fn minimal() -> Value {
 /// Sets what `path` names, in the pointer syntax of JSON.
 fn with(path: &str, value: Value) -> Value {
     let mut spec = minimal();
-    let (parent, key) = path.rsplit_once('/').unwrap();
-    let mut place = &mut spec;
-    for name in parent.split('/').skip(1) {
-        place = place
-            .as_object_mut()
-            .unwrap()
-            .entry(name)
-            .or_insert_with(|| json!({}));
-    }
-    place.as_object_mut().unwrap().insert(key.to_owned(), value);
+    // Indexing makes the objects that are missing.
+    *path
+        .split('/')
+        .skip(1)
+        .fold(&mut spec, |place, name| &mut place[name]) = value;
     spec
 }
 

@@ -208,20 +208,23 @@ pub fn sysctls_of_the_pod(guest: &Guest) -> anyhow::Result<()> {
     )
 }
 
-/// Every process starts with a new session keyring; /proc/keys lists them all to their common owner, root.
+/// Every process starts with a new session keyring.
 pub fn session_keyring(guest: &Guest) -> anyhow::Result<()> {
-    // Serial numbers, for the kernel may bury another case's keyring at any moment.
-    const SERIALS: &str = "grep _ses /proc/keys | cut -d' ' -f1";
-    let script = format!("{SERIALS}; sleep 1000");
-    let draft = Draft::new("keys", &script)?.set("/linux/maskedPaths", json!([]));
+    let draft = Draft::new("keys", "/probe keyring > /own; sleep 1000")?;
+    draft.add_probe()?;
     let mut running = draft.create()?;
     running.start()?;
-    let exec = running.sh(guest, SERIALS)?.good()?;
-    running.container.kill_all()?;
-    let init = running.finish(guest)?.stdout;
-    let init: Vec<&str> = init.lines().collect();
-    anyhow::ensure!(!init.is_empty(), "init sees no session keyring");
-    let own = exec.lines().filter(|serial| !init.contains(serial)).count();
-    same("keyrings that only the exec sees", own, 1)?;
-    Ok(running.container.delete()?)
+    let script = "until test -s /own; do sleep 0.1; done; cat /own; /probe keyring";
+    let output = running.sh(guest, script)?.good()?;
+    let mut serials: Vec<i64> = output.lines().map(str::parse).collect::<Result<_, _>>()?;
+    serials.push(crate::probe::session_keyring());
+    let [init, exec, agent] = serials[..] else {
+        anyhow::bail!("{output}");
+    };
+    ensure!(init > 0 && exec > 0, "no keyring: {serials:?}");
+    ensure!(
+        init != exec && init != agent && exec != agent,
+        "shared: {serials:?}"
+    );
+    running.kill_and_delete(guest)
 }

@@ -27,12 +27,12 @@ pub fn exit_codes(guest: &Guest) -> anyhow::Result<()> {
 pub fn programs_that_cannot_run(guest: &Guest) -> anyhow::Result<()> {
     for (program, expected, text) in [
         ("nosuch", 127, "executable file not found in $PATH"),
-        ("/bin/nosuch", 127, "No such file or directory"),
-        ("/etc/passwd", 126, "Permission denied"),
-        ("/etc", 126, "Permission denied"),
-        ("/etc/text", 126, "Exec format error"),
-        ("/etc/script", 127, "No such file or directory"),
-        ("/proc/self/exe", 126, "Too many symbolic links"),
+        ("/bin/nosuch", 127, "no such file or directory"),
+        ("/etc/passwd", 126, "permission denied"),
+        ("/etc", 126, "permission denied"),
+        ("/etc/text", 126, "exec format error"),
+        ("/etc/script", 127, "no such file or directory"),
+        ("/proc/self/exe", 126, "too many symbolic links"),
     ] {
         let draft = Draft::new("cannot", "")?.set("/process/args", json!([program]));
         fs::write(draft.rootfs().join("etc/text"), "\x7fno program")?;
@@ -42,8 +42,8 @@ pub fn programs_that_cannot_run(guest: &Guest) -> anyhow::Result<()> {
         }
         let mut running = draft.create()?;
         match running.start() {
-            Err(Error::Exec { status, message }) => {
-                same(program, status, expected)?;
+            Err(Error::Exec { kind, message }) => {
+                same(program, kind.exit_status(), expected)?;
                 ensure!(
                     message.contains(text) && message.contains(program),
                     "{message}"
