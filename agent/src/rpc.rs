@@ -104,8 +104,12 @@ impl Agent for Verbs {
         let id = process_id(&request.container_id, "")?;
         let spec: runtime::Spec = object(&id, "spec", &request.spec)?;
         let stdio = request.stdio.unwrap_or_default();
+        let beside = match &*request.pid_namespace_of {
+            "" => None,
+            other => Some(container_id(other)?),
+        };
         let made = self
-            .to_the_end(|sandbox| async move { sandbox.create(id, spec, stdio).await })
+            .to_the_end(|sandbox| async move { sandbox.create(id, spec, stdio, beside).await })
             .await?;
         Ok(pid_of(&made))
     }

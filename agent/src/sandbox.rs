@@ -143,14 +143,20 @@ impl Sandbox {
         self.pod.get().cloned().ok_or(SandboxError::NotStarted)
     }
 
-    /// Creates a container up to the point before its program runs.
+    /// Creates a container up to the point before its program runs, in the PID namespace of `beside` if there is one.
     pub async fn create(
         &self,
         id: ProcessId,
         spec: runtime::Spec,
         stdio: agent::Stdio,
+        beside: Option<ContainerId>,
     ) -> Result<Arc<Process>, SandboxError> {
-        let pod = self.pod()?;
+        let mut pod = self.pod()?;
+        if let Some(beside) = beside {
+            let other = self.member(&beside)?;
+            let shared = other.memory.container.shared_with(&pod);
+            pod = Arc::new(shared.map_err(|cause| failed("create", &id, cause))?);
+        }
         let name = self
             .containers
             .reserve(&id.container)

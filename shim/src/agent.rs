@@ -133,18 +133,21 @@ impl Agent {
         self.call("ConfigureInterface", QUICK, send).await.map(drop)
     }
 
-    /// Prepares a container; gives its init process's pid in the guest.
+    /// Prepares a container, in the PID namespace of the container `beside` if there is one; gives its init process's pid in
+    /// the guest.
     pub async fn create_container(
         &self,
         id: &ContainerId,
         spec: Vec<u8>,
         stdio: Stdio,
+        beside: Option<&ContainerId>,
     ) -> Result<u32, AgentError> {
         fits("the spec", spec.len())?;
         let request = CreateContainerRequest {
             container_id: id.to_string(),
             spec,
             stdio: Some(stdio).into(),
+            pid_namespace_of: beside.map(ToString::to_string).unwrap_or_default(),
             ..Default::default()
         };
         let call = "CreateContainer";

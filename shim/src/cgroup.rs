@@ -133,6 +133,21 @@ impl SandboxCgroup {
         Ok(())
     }
 
+    /// How many processes in it the host's kernel has killed for want of memory, the cgroup's own or the host's.
+    pub fn oom_kills(&self) -> u64 {
+        let count = |dir: &PathBuf| {
+            // v2 and v1.
+            ["memory.events", "memory.oom_control"]
+                .iter()
+                .find_map(|file| fs::read_to_string(dir.join(file)).ok())
+                .and_then(|text| {
+                    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+                    count?.trim().parse().ok()
+                })
+        };
+        self.dirs.iter().filter_map(count).sum::<u64>()
+    }
+
     /// Kills what is left in the cgroup and removes it. A cgroup that is gone is no error. Blocks for some milliseconds.
     pub fn remove(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + REMOVE_DEADLINE;

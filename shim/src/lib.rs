@@ -34,6 +34,7 @@ pub mod io;
 pub mod machine;
 pub mod mount_points;
 pub mod network;
+pub mod parked;
 pub mod sandbox;
 pub mod share;
 pub mod spec;

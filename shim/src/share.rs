@@ -12,6 +12,10 @@
 //! the guest does. Propagation brings mounts that are added later into coffer-fsd's mount namespace.
 //! A source is opened once and then mounted by fd (open_tree, move_mount), never by a path that could change meanwhile.
 
+mod idmap;
+
+pub use idmap::IdMap;
+
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
 use nix::errno::Errno;
@@ -43,6 +47,8 @@ pub enum ShareError {
     Unmount { path: PathBuf, source: io::Error },
     #[error("can't remove {path}")]
     Remove { path: PathBuf, source: io::Error },
+    #[error("can't make the user namespace for an ID-mapped mount of {path}")]
+    IdMap { path: PathBuf, source: io::Error },
     #[error("{path} is still a mount, its directory stays")]
     StillMounted { path: PathBuf },
 }
@@ -66,6 +72,7 @@ impl Share {
             read_only: true,
             no_symlinks: true,
             shared: true,
+            owners: None,
         };
         mount(
             &share.points(),
@@ -93,7 +100,7 @@ impl Share {
         source: &Path,
         read_only: bool,
     ) -> Result<String, ShareError> {
-        self.add(id, Path::new("rootfs"), source, read_only)
+        self.add(id, Path::new("rootfs"), source, read_only, None)
     }
 
     /// Shows a directory or file as the container's volume number `index`; gives its path in the guest.
@@ -103,13 +110,10 @@ impl Share {
         index: usize,
         source: &Path,
         read_only: bool,
+        idmap: Option<&IdMap>,
     ) -> Result<String, ShareError> {
-        self.add(
-            id,
-            &Path::new("mounts").join(index.to_string()),
-            source,
-            read_only,
-        )
+        let name = Path::new("mounts").join(index.to_string());
+        self.add(id, &name, source, read_only, idmap)
     }
 
     fn add(
@@ -118,6 +122,7 @@ impl Share {
         name: &Path,
         source: &Path,
         read_only: bool,
+        idmap: Option<&IdMap>,
     ) -> Result<String, ShareError> {
         let within = Path::new(id.as_str()).join(name);
         let point = self.points().join(&within);
@@ -145,10 +150,18 @@ impl Share {
                 path: source.to_owned(),
             });
         }
+        let owners = idmap.map(|idmap| {
+            let user_namespace = idmap.user_namespace();
+            user_namespace.map(|namespace| (namespace, idmap.recursive))
+        });
+        let owners = owners.transpose().map_err(|error| ShareError::IdMap {
+            path: source.to_owned(),
+            source: error,
+        })?;
         let attributes = Attributes {
             read_only,
-            no_symlinks: false,
-            shared: false,
+            owners,
+            ..Attributes::default()
         };
         mount(
             source,
@@ -209,11 +222,13 @@ fn make_dir(path: &Path) -> Result<(), ShareError> {
 }
 
 /// What is set on a mount besides nodev and nosuid, which all of them have.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default)]
 struct Attributes {
     read_only: bool,
     no_symlinks: bool,
     shared: bool,
+    /// The user namespace whose mapping the mount gets, and whether the mounts below it get it too.
+    owners: Option<(OwnedFd, bool)>,
 }
 
 /// Clones the tree at `source` and attaches it on `target`.
@@ -238,6 +253,15 @@ fn mount(
         set |= libc::MOUNT_ATTR_NOSYMFOLLOW;
     }
     set_attributes(tree.as_fd(), set, libc::MS_PRIVATE, recursive).map_err(fail)?;
+    if let Some((namespace, below)) = &attributes.owners {
+        let attributes = libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::try_from(namespace.as_raw_fd()).unwrap_or_default(),
+        };
+        mount_setattr(tree.as_fd(), &attributes, recursive && *below).map_err(fail)?;
+    }
     let point = open(target)?;
     move_mount(tree.as_fd(), point.as_fd()).map_err(fail)?;
     if attributes.shared {
@@ -260,7 +284,6 @@ fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-#[allow(unsafe_code)]
 fn set_attributes(
     tree: BorrowedFd<'_>,
     set: u64,
@@ -273,6 +296,15 @@ fn set_attributes(
         propagation,
         userns_fd: 0,
     };
+    mount_setattr(tree, &attributes, recursive)
+}
+
+#[allow(unsafe_code)]
+fn mount_setattr(
+    tree: BorrowedFd<'_>,
+    attributes: &libc::mount_attr,
+    recursive: bool,
+) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: fd and struct are valid for the call, and the size given is the struct's.
     let result = unsafe {
@@ -281,7 +313,7 @@ fn set_attributes(
             tree.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };
@@ -381,75 +413,4 @@ fn remove_tree(path: &Path) -> Result<(), ShareError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::symlink;
-
-    fn id(name: &str) -> ContainerId {
-        ContainerId::new(name).unwrap()
-    }
-
-    #[test]
-    fn volumes_appear_writable_or_not_and_go_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let (sandbox, volume) = (dir.path().join("s"), dir.path().join("v"));
-        fs::create_dir(&sandbox).unwrap();
-        fs::create_dir(&volume).unwrap();
-        fs::write(volume.join("f"), "kept").unwrap();
-
-        let share = Share::create(&sandbox).unwrap();
-        assert_eq!(
-            share.add_rootfs(&id("c"), &volume, false).unwrap(),
-            "/run/coffer/share/c/rootfs"
-        );
-        assert_eq!(
-            share.add_mount(&id("c"), 0, &volume, true).unwrap(),
-            "/run/coffer/share/c/mounts/0"
-        );
-        share
-            .add_mount(&id("c"), 1, &volume.join("f"), true)
-            .unwrap();
-
-        fs::write(share.served().join("c/rootfs/new"), "seen").unwrap();
-        assert_eq!(fs::read_to_string(volume.join("new")).unwrap(), "seen");
-        let refused = fs::write(share.served().join("c/mounts/0/f"), "lost").unwrap_err();
-        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
-        assert_eq!(
-            fs::read_to_string(share.served().join("c/mounts/1")).unwrap(),
-            "kept"
-        );
-
-        share.remove_container(&id("c")).unwrap();
-        share.remove_container(&id("c")).unwrap();
-        Share::remove(&sandbox).unwrap();
-        Share::remove(&sandbox).unwrap();
-        assert_eq!(fs::read_to_string(volume.join("f")).unwrap(), "kept");
-        assert_eq!(fs::read_dir(&sandbox).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn the_top_of_the_share_is_closed_to_the_guest() {
-        let dir = tempfile::tempdir().unwrap();
-        let share = Share::create(dir.path()).unwrap();
-        let refused = symlink("/etc", share.served().join("c")).unwrap_err();
-        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
-        Share::remove(dir.path()).unwrap();
-    }
-
-    #[test]
-    fn a_device_is_no_volume() {
-        let dir = tempfile::tempdir().unwrap();
-        let share = Share::create(dir.path()).unwrap();
-        let refused = share.add_mount(&id("c"), 0, Path::new("/dev/null"), false);
-        assert!(
-            matches!(refused, Err(ShareError::Kind { .. })),
-            "{refused:?}"
-        );
-        Share::remove(dir.path()).unwrap();
-    }
-
-    #[test]
-    fn mountinfo_escapes_are_read() {
-        assert_eq!(unescape(b"/a\\040b\\134"), Path::new("/a b\\"));
-    }
-}
+mod tests;

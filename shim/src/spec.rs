@@ -4,23 +4,23 @@
 //! a network namespace becomes the VM's network, host hooks stay on the host. What is left is sent to the agent,
 //! which honours a field or refuses it by name.
 
+mod binds;
+mod devices;
 mod labels;
 
+pub use binds::Bind;
 pub use labels::strip_process;
 
 use crate::mount_points::MountPoint;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
-use oci_spec::runtime::{Hook, HooksBuilder, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Hook, HooksBuilder, LinuxNamespaceType, Spec};
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// The agent's RPC takes 4 MiB; a spec this large would be no spec.
 pub const MAX_CONFIG_BYTES: u64 = 3 << 20;
-
-/// Host directories of kernel file systems: a container that binds them wants its own kernel's, which is the guest's.
-const KERNEL_FILE_SYSTEMS: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// Why a bundle can't be run. The message names the field and its value.
 #[derive(Debug, thiserror::Error)]
@@ -85,14 +85,6 @@ pub struct Bundle {
     rootfs: PathBuf,
 }
 
-/// A host directory or file which the share has to show at its index.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
-    pub index: usize,
-    pub source: PathBuf,
-    pub read_only: bool,
-}
-
 /// A spec split into what the agent gets and what the shim does.
 #[derive(Debug)]
 pub struct GuestSpec {
@@ -107,6 +99,8 @@ pub struct GuestSpec {
     pub terminal: bool,
     /// `linux.namespaces` of type network with a path: where the VM's network comes from.
     pub network_namespace: Option<PathBuf>,
+    /// The same of type pid: the container joins that of another one.
+    pub pid_namespace: Option<PathBuf>,
     pub hostname: Option<String>,
     /// `linux.cgroupsPath` as it was written.
     pub cgroups_path: Option<PathBuf>,
@@ -174,10 +168,12 @@ impl Bundle {
         if let Some(root) = spec.root_mut() {
             root.set_path(PathBuf::from(format!("{SHARE_DIR}/{id}/rootfs")));
         }
+        devices::keep_guests_own(&mut spec)?;
         let mut binds = Vec::new();
+        let user = binds::user_mappings(&spec);
         if let Some(mounts) = spec.mounts_mut() {
             for (i, mount) in mounts.iter_mut().enumerate() {
-                binds.extend(take_bind(mount, i, id, &self.dir)?);
+                binds.extend(binds::take(mount, i, id, &self.dir, &user)?);
             }
         }
         let mount_points = mount_points(&spec, &binds);
@@ -185,7 +181,11 @@ impl Bundle {
         if !labels.is_empty() {
             tracing::info!(container = %id, ?labels, "labels of the host are left out: the guest has no such module");
         }
-        let (network_namespace, cgroups_path) = take_host_side_of_linux(&mut spec);
+        let HostSide {
+            network_namespace,
+            pid_namespace,
+            cgroups_path,
+        } = take_host_side_of_linux(&mut spec);
         let host_hooks = take_host_hooks(&mut spec)?;
         Ok(GuestSpec {
             rootfs: self.rootfs.clone(),
@@ -198,6 +198,7 @@ impl Bundle {
                 .and_then(oci_spec::runtime::Process::terminal)
                 .unwrap_or(false),
             network_namespace,
+            pid_namespace,
             hostname: spec.hostname().clone(),
             cgroups_path,
             host_hooks,
@@ -301,66 +302,6 @@ fn find_rootfs(spec: &Spec, dir: &Path) -> Result<PathBuf, SpecError> {
     Ok(path)
 }
 
-/// Turns a bind mount of the host into one of the share. None for mounts that the guest makes by itself.
-fn take_bind(
-    mount: &mut Mount,
-    i: usize,
-    id: &ContainerId,
-    bundle: &Path,
-) -> Result<Option<Bind>, SpecError> {
-    if !mount.destination().is_absolute() {
-        return field(
-            format!("mounts[{i}].destination"),
-            mount.destination().display().to_string(),
-            "is not an absolute path",
-        );
-    }
-    let options = mount.options().clone().unwrap_or_default();
-    let has = |names: &[&str]| options.iter().any(|o| names.contains(&o.as_str()));
-    if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
-        return Ok(None);
-    }
-    let Some(source) = mount.source() else {
-        return field(
-            format!("mounts[{i}].source"),
-            "",
-            "is missing for a bind mount",
-        );
-    };
-    let name = format!("mounts[{i}].source");
-    let source = bundle.join(source);
-    if KERNEL_FILE_SYSTEMS
-        .iter()
-        .any(|dir| source.starts_with(dir))
-    {
-        return keep_in_guest(&name, &source);
-    }
-    let meta = fs::metadata(&source).map_err(|e| SpecError::Source {
-        field: name.clone(),
-        path: source.clone(),
-        source: e,
-    })?;
-    if !(meta.is_dir() || meta.is_file() || is_endpoint(&meta)) {
-        return field(
-            name,
-            source.display().to_string(),
-            "is a device; devices of the host are not passed into the VM",
-        );
-    }
-    // The last of "ro" and "rw" wins, as in mount(8).
-    let read_only = options
-        .iter()
-        .rev()
-        .find(|o| matches!(o.as_str(), "ro" | "rw" | "rro"))
-        .is_some_and(|o| o != "rw");
-    mount.set_source(Some(PathBuf::from(format!("{SHARE_DIR}/{id}/mounts/{i}"))));
-    Ok(Some(Bind {
-        index: i,
-        source,
-        read_only,
-    }))
-}
-
 fn mount_points(spec: &Spec, binds: &[Bind]) -> Vec<MountPoint> {
     let is_file = |i: usize| {
         binds
@@ -376,49 +317,41 @@ fn mount_points(spec: &Spec, binds: &[Bind]) -> Vec<MountPoint> {
         .collect()
 }
 
-/// A bind from the host's /proc, /sys or /dev means the guest's own, which must be a directory or plain file there.
-fn keep_in_guest(name: &str, source: &Path) -> Result<Option<Bind>, SpecError> {
-    match fs::metadata(source) {
-        Ok(meta) if meta.is_dir() || meta.is_file() => Ok(None),
-        Ok(_) => field(
-            name,
-            source.display().to_string(),
-            "is a device; devices of the host are not passed into the VM",
-        ),
-        Err(e) => Err(SpecError::Source {
-            field: name.to_owned(),
-            path: source.to_owned(),
-            source: e,
-        }),
-    }
-}
-
-fn is_endpoint(meta: &fs::Metadata) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    meta.file_type().is_socket() || meta.file_type().is_fifo()
+/// What `linux` says of the host.
+#[derive(Debug, Default)]
+struct HostSide {
+    network_namespace: Option<PathBuf>,
+    pid_namespace: Option<PathBuf>,
+    cgroups_path: Option<PathBuf>,
 }
 
 /// Removes paths of host namespaces and cgroups: in the guest the pod's own take their place.
-fn take_host_side_of_linux(spec: &mut Spec) -> (Option<PathBuf>, Option<PathBuf>) {
-    let mut network = None;
+fn take_host_side_of_linux(spec: &mut Spec) -> HostSide {
+    let mut host = HostSide::default();
     let Some(linux) = spec.linux_mut() else {
-        return (None, None);
+        return host;
     };
     if let Some(namespaces) = linux.namespaces_mut() {
         for namespace in namespaces.iter_mut() {
-            if namespace.typ() == LinuxNamespaceType::Network {
-                network = namespace.path().clone();
+            let path = namespace
+                .path()
+                .clone()
+                .filter(|path| !path.as_os_str().is_empty());
+            match namespace.typ() {
+                LinuxNamespaceType::Network => host.network_namespace = path,
+                LinuxNamespaceType::Pid => host.pid_namespace = path,
+                _ => {}
             }
-            if namespace.typ() != LinuxNamespaceType::Pid {
-                namespace.set_path(None);
-            }
+            namespace.set_path(None);
         }
-        // A PID namespace of another container of the pod is the one that the pod's containers share.
-        namespaces.retain(|n| n.typ() != LinuxNamespaceType::Pid || n.path().is_none());
+        // The agent is told of another container's PID namespace by that container's name.
+        if host.pid_namespace.is_some() {
+            namespaces.retain(|n| n.typ() != LinuxNamespaceType::Pid);
+        }
     }
-    let cgroups_path = linux.cgroups_path().clone();
+    host.cgroups_path = linux.cgroups_path().clone();
     linux.set_cgroups_path(None);
-    (network, cgroups_path)
+    host
 }
 
 #[allow(

@@ -40,7 +40,7 @@ mod validate;
 mod wire;
 
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -92,8 +92,21 @@ pub struct SharedNamespaces {
     pub ipc: Option<OwnedFd>,
     pub uts: Option<OwnedFd>,
     pub net: Option<OwnedFd>,
-    /// `None` gives every container a PID namespace of its own.
+    /// A PID namespace, or a process that is in it. `None` gives every container one of its own.
     pub pid: Option<OwnedFd>,
+}
+
+impl SharedNamespaces {
+    /// The same, with the PID namespace of a process.
+    fn with_pid_of(&self, process: BorrowedFd<'_>) -> io::Result<Self> {
+        let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self {
+            ipc: copy(&self.ipc)?,
+            uts: copy(&self.uts)?,
+            net: copy(&self.net)?,
+            pid: Some(process.try_clone_to_owned()?),
+        })
+    }
 }
 
 /// Why a container operation failed.
@@ -384,6 +397,12 @@ pub fn stage_main() -> ! {
 }
 
 impl Container {
+    /// The namespaces of a container that shall see this one's processes.
+    pub fn shared_with(&self, pod: &SharedNamespaces) -> Result<SharedNamespaces, Error> {
+        let step = format!("share the PID namespace of container {}", self.id);
+        Ok(pod.with_pid_of(self.pidfd.as_fd()).map_err(at(step))?)
+    }
+
     /// Prepares another process in the container.
     pub fn exec(&self, process: &Process, stdio: ChildStdio) -> Result<Started, Error> {
         validate::process(process, "")?;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::Pid;
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, Spec};
@@ -76,7 +77,14 @@ pub fn join_pod(fds: &Fds) -> Result<(), Failure> {
         (FdName::Pid, CloneFlags::CLONE_NEWPID),
     ] {
         if let Some(fd) = fds.get(&name) {
-            setns(fd.as_fd(), flag).map_err(at(format!("join the pod's {name:?} namespace")))?;
+            setns(fd.as_fd(), flag).map_err(|errno| match errno {
+                // A process instead of its namespace.
+                Errno::ESRCH => Failure::new(
+                    format!("join the {name:?} namespace of another container"),
+                    "that container has ended",
+                ),
+                errno => at(format!("join the pod's {name:?} namespace"))(errno),
+            })?;
         }
     }
     Ok(())
@@ -152,5 +160,5 @@ pub fn set_host_names(spec: &Spec) -> Result<(), Failure> {
 fn set_domain_name(name: &str) -> nix::Result<()> {
     // SAFETY: a pointer and the length of what it points to.
     let result = unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) };
-    nix::errno::Errno::result(result).map(|_| ())
+    Errno::result(result).map(|_| ())
 }

@@ -4,6 +4,7 @@
 //! fails or is killed at, [`crate::cleanup`] finds everything.
 
 pub mod child;
+mod evidence;
 pub mod options;
 mod parts;
 mod wiring;
@@ -12,6 +13,7 @@ pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
 pub use parts::{BootCause, open_console};
 
 use crate::agent::{Agent, AgentError};
+use crate::cgroup::SandboxCgroup;
 use crate::cleanup;
 use crate::crash;
 use crate::io::Dialer;
@@ -23,6 +25,7 @@ use child::Child;
 use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
+use evidence::{Evidence, console_tail};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -44,8 +47,6 @@ const PANIC_LINES: usize = 100;
 /// A change of the network that did not reach the guest is tried again after this, then after twice the time, and so on.
 const NETWORK_RETRY: Duration = Duration::from_millis(500);
 const NETWORK_RETRY_MAX: Duration = Duration::from_secs(30);
-/// Lines of the guest's console that an error quotes.
-const CONSOLE_LINES: usize = 12;
 
 /// What the pod is to be: what the first container's spec says of it, or the Sandbox API.
 #[derive(Debug, Clone, Default)]
@@ -83,6 +84,8 @@ pub struct Machine {
     wiring: Option<Wiring>,
     /// Where the pod has a network and this kernel can do it.
     _port_forward: Option<PortForward>,
+    /// The host's cgroup of its processes, where they have one.
+    cgroup: Option<SandboxCgroup>,
     /// Set when we end the VM ourselves: then its end is no failure, whatever it looks like from outside.
     ending: OnceLock<End>,
 }
@@ -110,8 +113,25 @@ impl End {
 pub enum Notice {
     /// A container hit its memory limit.
     OutOfMemory(ContainerId),
-    /// The machine is gone or of no use any more, for this reason.
-    Gone(String),
+    /// The machine is gone or of no use any more.
+    Gone(Death),
+}
+
+/// Why a machine is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    pub reason: String,
+    /// The host's kernel killed a process of it for want of memory.
+    pub out_of_memory: bool,
+}
+
+impl From<String> for Death {
+    fn from(reason: String) -> Self {
+        Self {
+            reason,
+            out_of_memory: false,
+        }
+    }
 }
 
 /// Boots the machine. On an error everything it had made is gone again.
@@ -240,6 +260,7 @@ async fn assemble(
         slowness,
         wiring,
         _port_forward: port_forward,
+        cgroup,
         ending: OnceLock::new(),
     })
 }
@@ -311,7 +332,7 @@ impl Machine {
             reason = self.vmm.gone() => return Notice::Gone(self.explain(reason)),
             ended = self.fsd.ended() => {
                 if !self.fsd.left_in_order() && self.ending.get().is_none() {
-                    return Notice::Gone(ended);
+                    return Notice::Gone(self.host_out_of_memory().unwrap_or(ended.into()));
                 }
                 ended
             }
@@ -322,20 +343,34 @@ impl Machine {
         };
         // Both follow from the VM's end, which is told a moment later and says more.
         let cause = timeout(BETTER_REASON, self.vmm.gone()).await;
-        Notice::Gone(cause.map_or(effect, |reason| self.explain(reason)))
+        Notice::Gone(cause.map_or(effect.into(), |reason| self.explain(reason)))
     }
 
     /// A guest that ends by itself says why on its console, if anywhere: in the line of a panic, or else in the last.
-    fn explain(&self, reason: String) -> String {
+    fn explain(&self, reason: String) -> Death {
         if let Some(end) = self.ending.get() {
-            return end.reason().to_owned();
+            return end.reason().to_owned().into();
+        }
+        if let Some(death) = self.host_out_of_memory() {
+            return death;
         }
         let mut lines = console_tail(&self.console, PANIC_LINES);
         let panic = lines.iter().rposition(|line| line.contains("Kernel panic"));
         match panic.map(|i| lines.swap_remove(i)).or_else(|| lines.pop()) {
-            Some(line) => format!("{reason}; its console says: {line}"),
-            None => reason,
+            Some(line) => format!("{reason}; its console says: {line}").into(),
+            None => reason.into(),
         }
+    }
+
+    fn host_out_of_memory(&self) -> Option<Death> {
+        let killed = self
+            .cgroup
+            .as_ref()
+            .is_some_and(|cgroup| cgroup.oom_kills() > 0);
+        killed.then(|| Death {
+            reason: "the host ran out of memory for the VM and killed it".to_owned(),
+            out_of_memory: true,
+        })
     }
 
     /// Ends the VM: by the agent if it answers, by the hypervisor process if that does, by SIGKILL otherwise.
@@ -451,55 +486,6 @@ impl Phases<'_> {
             state.status = status;
         })?)
     }
-}
-
-/// What can explain a failed boot.
-#[derive(Debug, Default)]
-struct Evidence {
-    console: Option<File>,
-    vmm: Option<Child>,
-    fsd: Option<Child>,
-}
-
-impl Evidence {
-    /// What adds something to the cause.
-    async fn collect(self, cause: &str) -> String {
-        let mut text = String::new();
-        for child in [self.vmm, self.fsd].into_iter().flatten() {
-            // The cause may be the end of this child, of which we hear a moment later.
-            let _ = timeout(Duration::from_millis(100), child.ended()).await;
-            if let Some(ended) = child.has_ended().filter(|ended| !cause.contains(ended)) {
-                text.push_str(&format!("; {ended}"));
-            }
-            for line in child.last_words() {
-                text.push_str(&format!("\n  {line}"));
-            }
-        }
-        let lines = self
-            .console
-            .map(|console| console_tail(&console, CONSOLE_LINES))
-            .unwrap_or_default();
-        if !lines.is_empty() {
-            text.push_str(&format!(
-                "\nthe guest's console ended with:\n  {}",
-                lines.join("\n  ")
-            ));
-        }
-        text
-    }
-}
-
-/// The last lines of the guest's console, without control characters.
-fn console_tail(console: &File, lines: usize) -> Vec<String> {
-    let bytes = coffer_proto::vmm::console::read(console).unwrap_or_default();
-    let mut tail: Vec<String> = bytes
-        .rsplit(|b| *b == b'\n')
-        .map(|line| child::printable(&line[line.len().saturating_sub(400)..]))
-        .filter(|line| !line.trim().is_empty())
-        .take(lines)
-        .collect();
-    tail.reverse();
-    tail
 }
 
 impl From<VmmError> for BootCause {

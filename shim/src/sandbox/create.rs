@@ -92,10 +92,14 @@ impl Sandbox {
         };
         share(&machine, &new.id, &guest)?;
         crash::point("create.shared");
+        let beside = match &guest.pid_namespace {
+            Some(path) => self.container_in(path, &new.id).await?,
+            None => None,
+        };
         let stdio = endpoints.for_agent(new.stdio.terminal);
         machine
             .agent
-            .create_container(&new.id, guest.json, stdio)
+            .create_container(&new.id, guest.json, stdio, beside.as_ref())
             .await?;
         crash::point("create.in-guest");
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
@@ -109,6 +113,27 @@ impl Sandbox {
         let namespace = &self.options().namespace;
         let opened = Endpoints::open(stdio, key, namespace).await;
         Ok(opened.map_err(StdioError::from)?)
+    }
+
+    /// The container that a path to a PID namespace of the host means: the one whose process it names, or else the pod's first, for
+    /// that is the namespace which engines share in a pod.
+    async fn container_in(
+        &self,
+        namespace: &Path,
+        new: &ContainerId,
+    ) -> Result<Option<ContainerId>, Error> {
+        let named = namespace.to_str().and_then(|path| {
+            let pid = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+            pid.parse().ok()
+        });
+        let first = ContainerId::new(self.options().id.as_str()).ok();
+        let new = new.clone();
+        self.change(move |pod| {
+            let by_pid = named.and_then(|pid| pod.container_of_pid(pid));
+            let first = first.filter(|first| pod.container(first).is_ok());
+            by_pid.or(first).filter(|found| *found != new)
+        })
+        .await
     }
 
     fn record_container(&self, new: &NewContainer) -> Result<(), Error> {
@@ -272,9 +297,13 @@ fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), E
         .share
         .add_rootfs(id, &guest.rootfs, guest.read_only_rootfs)?;
     for bind in &guest.binds {
-        machine
-            .share
-            .add_mount(id, bind.index, &bind.source, bind.read_only)?;
+        machine.share.add_mount(
+            id,
+            bind.index,
+            &bind.source,
+            bind.read_only,
+            bind.idmap.as_ref(),
+        )?;
     }
     Ok(())
 }

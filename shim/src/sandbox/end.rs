@@ -7,7 +7,7 @@ use super::process::{self, Exit, ProcessKey};
 use crate::agent::{AgentError, Ended};
 use crate::cleanup;
 use crate::crash;
-use crate::machine::{Machine, Notice};
+use crate::machine::{Death, Machine, Notice};
 use crate::state::{ExitRecord, Status};
 use crate::vmm::chain;
 use coffer_proto::ids::ContainerId;
@@ -35,7 +35,7 @@ impl Sandbox {
             // The watch over the machine sees its end and does the rest.
             Some(machine) if began => machine.shut_down().await,
             // No VM, or a boot under way, which fails when its processes end.
-            None if began => self.finish(reason.to_owned()).await,
+            None if began => self.finish(reason.to_owned().into()).await,
             _ => {}
         }
         let mut status = self.shared.status.subscribe();
@@ -54,7 +54,7 @@ impl Sandbox {
     pub(super) fn watch_machine(&self, machine: Arc<Machine>) {
         let sandbox = self.clone();
         tokio::spawn(async move {
-            let reason = loop {
+            let death = loop {
                 match machine.notice().await {
                     Notice::OutOfMemory(id) => {
                         tracing::warn!(container = %id, "out of memory");
@@ -63,22 +63,22 @@ impl Sandbox {
                             leave_oom_file(&bundle);
                         }
                     }
-                    Notice::Gone(reason) => break reason,
+                    Notice::Gone(death) => break death,
                 }
             };
-            sandbox.finish(reason).await;
+            sandbox.finish(death).await;
         });
     }
 
     /// The VM is gone or never was: tells every container and frees the host.
-    async fn finish(&self, reason: String) {
-        tracing::info!(reason, "the VM is gone");
-        let Ok(reason) = self.change(move |pod| pod.vm_gone(&reason)).await else {
+    async fn finish(&self, death: Death) {
+        tracing::info!(death.reason, "the VM is gone");
+        let Ok(death) = self.change(move |pod| pod.vm_gone(&death)).await else {
             return;
         };
         self.shared.machine.send_replace(None);
         crash::point("stop.vm-gone");
-        self.record_death(&reason);
+        self.record_death(death);
         let owned = self.shared.state.get();
         match tokio::task::spawn_blocking(move || cleanup::release(&owned)).await {
             Ok(Ok(())) => {}
@@ -91,16 +91,16 @@ impl Sandbox {
         let _ = self.change(Pod::stopped).await;
     }
 
-    fn record_death(&self, reason: &str) {
+    fn record_death(&self, death: Death) {
         let exit = ExitRecord {
             status: process::VM_DIED,
             at: SystemTime::now(),
-            reason: Some(reason.to_owned()),
-            oom_killed: false,
+            reason: Some(death.reason.clone()),
+            oom_killed: death.out_of_memory,
         };
         self.record(|state| {
             state.status = Status::Stopped {
-                reason: reason.to_owned(),
+                reason: death.reason,
             };
             for container in state.containers.values_mut() {
                 container.exit.get_or_insert_with(|| exit.clone());

@@ -10,6 +10,7 @@ use super::error::Error;
 use super::events::{Description, SandboxState, TaskEvent};
 use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use crate::io::ProcessIo;
+use crate::machine::Death;
 use coffer_proto::ids::{ContainerId, ExecId};
 use prepared::Preparation;
 use std::collections::BTreeMap;
@@ -30,6 +31,8 @@ pub enum Admission {
 #[derive(Debug)]
 pub struct Container {
     pub bundle: PathBuf,
+    /// The host's pid that stands for this container alone, where it has one.
+    pid: Option<u32>,
     pub init: Process,
     pub execs: BTreeMap<ExecId, Process>,
     /// Somebody was told that it hit its memory limit.
@@ -108,20 +111,33 @@ impl Pod {
         true
     }
 
-    /// The VM is gone: whatever still ran in it has ended with it. Gives the reason that stays: the first one.
-    pub fn vm_gone(&mut self, reason: &str) -> String {
-        self.begin_stop(reason);
-        let reason = self.state.end_reason().unwrap_or(reason).to_owned();
+    /// The VM is gone: whatever still ran in it has ended with it. Gives the cause that stays: the first one.
+    pub fn vm_gone(&mut self, death: &Death) -> Death {
+        let out_of_memory = self.begin_stop(&death.reason) && death.out_of_memory;
+        let reason = self.state.end_reason().unwrap_or(&death.reason).to_owned();
         let exit = Exit {
             status: VM_DIED,
             at: SystemTime::now(),
             reason: Some(reason.clone()),
-            oom_killed: false,
+            oom_killed: out_of_memory,
         };
         for id in self.container_ids() {
+            if out_of_memory && self.is_live(&id) {
+                self.out_of_memory(&id);
+            }
             self.end_container(&id, &exit);
         }
-        reason
+        Death {
+            reason,
+            out_of_memory,
+        }
+    }
+
+    fn is_live(&self, id: &ContainerId) -> bool {
+        self.containers.get(id).is_some_and(|container| {
+            let state = container.init.state;
+            !matches!(state, ProcessState::Creating | ProcessState::Stopped)
+        })
     }
 
     /// Stopping → Stopped.
@@ -158,6 +174,7 @@ impl Pod {
         }
         let container = Container {
             bundle,
+            pid: None,
             init: Process::new(stdio),
             execs: BTreeMap::new(),
             oom_told: false,
@@ -362,6 +379,12 @@ impl Pod {
             stdio: process.stdio.clone(),
             exit: process.exit(),
         })
+    }
+
+    /// The container that this pid stands for; None when it stands for none, or for all.
+    pub fn container_of_pid(&self, pid: u32) -> Option<ContainerId> {
+        let mut found = self.containers.iter().filter(|(_, c)| c.pid == Some(pid));
+        found.next().map(|(id, _)| id.clone())
     }
 
     /// A process that exists and is not being deleted.

@@ -45,7 +45,8 @@ fn the_host_side_is_taken_out() {
         [Bind {
             index: 1,
             source: volume.path().to_owned(),
-            read_only: true
+            read_only: true,
+            idmap: None,
         }]
     );
     assert_eq!(
@@ -67,6 +68,98 @@ fn the_host_side_is_taken_out() {
     assert_eq!(spec["linux"]["cgroupsPath"], Value::Null);
     assert_eq!(spec["hooks"]["prestart"], Value::Null);
     assert_eq!(spec["hooks"]["startContainer"][0]["path"], "/bin/false");
+}
+
+#[test]
+fn the_pods_shared_memory_is_the_guests() {
+    let host = tempfile::tempdir().unwrap();
+    let shm = host.path().join("shm");
+    fs::create_dir(&shm).unwrap();
+    let dir = bundle(|c| {
+        c["mounts"] = json!([{"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}]);
+    });
+    let bundle = Bundle::load(dir.path()).unwrap();
+    let guest = |bundle: &Bundle| bundle.for_guest(&ContainerId::new("c").unwrap()).unwrap();
+    assert_eq!(
+        guest(&bundle).binds.len(),
+        1,
+        "a directory of that name is a volume"
+    );
+    let none = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), &shm, Some("tmpfs"), none, None::<&str>).unwrap();
+    let guest = guest(&bundle);
+    nix::mount::umount(&shm).unwrap();
+    assert!(guest.binds.is_empty());
+    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    assert_eq!(spec["mounts"][0]["source"], "/dev/shm");
+}
+
+#[test]
+fn id_mappings_of_mounts_are_the_hosts_to_make() {
+    let volume = tempfile::tempdir().unwrap();
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let dir = bundle(|c| {
+        c["linux"]["uidMappings"] = mapping.clone();
+        c["linux"]["gidMappings"] = mapping.clone();
+        c["mounts"] = json!([
+            {"destination": "/a", "type": "bind", "source": volume.path(), "options": ["bind"],
+             "uidMappings": mapping, "gidMappings": mapping},
+            {"destination": "/b", "type": "bind", "source": volume.path(), "options": ["rbind", "ridmap"]},
+            {"destination": "/c", "type": "bind", "source": volume.path(), "options": ["bind"]},
+        ]);
+    });
+    let id = ContainerId::new("c").unwrap();
+    let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    let maps: Vec<_> = guest.binds.iter().map(|bind| bind.idmap.as_ref()).collect();
+    let [Some(named), Some(option), None] = maps[..] else {
+        panic!("{maps:?}");
+    };
+    assert_eq!((&named.uids, &named.gids), (&option.uids, &option.gids));
+    assert_eq!(named.uids[0].host_id(), 100_000);
+    assert!(option.recursive && !named.recursive);
+    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    assert_eq!(spec["mounts"][0]["uidMappings"], Value::Null);
+    assert_eq!(spec["mounts"][1]["options"], json!(["rbind"]));
+    assert_eq!(spec["linux"]["uidMappings"], mapping);
+}
+
+#[test]
+fn another_containers_pid_namespace_is_found_by_its_path() {
+    let dir = bundle(|c| {
+        c["linux"]["namespaces"] =
+            json!([{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "mount"}]);
+    });
+    let id = ContainerId::new("c").unwrap();
+    let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    assert_eq!(
+        guest.pid_namespace.as_deref(),
+        Some(Path::new("/proc/7/ns/pid"))
+    );
+    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    assert_eq!(spec["linux"]["namespaces"], json!([{"type": "mount"}]));
+}
+
+#[test]
+fn devices_of_the_host_are_refused_or_left_out_of_a_privileged_container() {
+    let devices = json!([
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+    ]);
+    let error = refused(|c| c["linux"]["devices"] = devices.clone());
+    assert!(
+        error.contains("linux.devices[1].path") && error.contains("/dev/sda"),
+        "{error}"
+    );
+    let dir = bundle(|c| {
+        c["linux"]["devices"] = devices.clone();
+        c["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+    });
+    let id = ContainerId::new("c").unwrap();
+    let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let left = spec["linux"]["devices"].as_array().unwrap();
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0]["path"], "/dev/fuse");
 }
 
 #[test]

@@ -58,6 +58,22 @@ pub fn shared_pid_namespace(guest: &Guest) -> anyhow::Result<()> {
     first.kill_and_delete(guest)
 }
 
+/// As an ephemeral container does that debugs another one.
+pub fn pid_namespace_of_a_container(guest: &Guest) -> anyhow::Result<()> {
+    let mut target = Draft::new("target", "sleep 1000")?.create()?;
+    target.start()?;
+    let mut debugger = Draft::new("debugger", "cat /proc/1/comm; ls /proc/1/root/bin/busybox")?;
+    debugger.pod = target.container.shared_with(&debugger.pod)?;
+    debugger.spec["linux"]["namespaces"] = json!([{"type": "mount"}]);
+    let output = debugger.run(guest)?;
+    same("process 1", output.stdout.lines().next(), Some("sleep"))?;
+    target.container.kill_all()?;
+    guest.wait(target.pid)?;
+    let refused = debugger.refused()?;
+    ensure!(refused.contains("has ended"), "{refused}");
+    Ok(target.container.delete()?)
+}
+
 pub fn pod_namespaces(guest: &Guest) -> anyhow::Result<()> {
     let script = "for n in ipc uts net user cgroup; do readlink /proc/self/ns/$n; done";
     let output = Draft::new("pod", script)?.run(guest)?.good()?;

@@ -520,7 +520,11 @@ pub fn nothing_is_left(_: &Guest) -> anyhow::Result<()> {
         .flatten()
         .filter(|e| e.path().is_dir())
         .map(|e| e.file_name());
-    same("cgroups", cgroups.collect::<Vec<_>>(), vec!["agent".into()])?;
+    same(
+        "cgroups",
+        cgroups.collect::<Vec<_>>(),
+        vec![".agent".into()],
+    )?;
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     ensure!(!mounts.contains("/run/coffer"), "{mounts}");
     let open: Vec<_> = fs::read_dir("/proc/self/fd")?

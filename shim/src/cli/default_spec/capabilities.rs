@@ -46,7 +46,7 @@ pub(super) fn of(options: &ContainerOptions) -> Result<BTreeSet<String>, SpecErr
 }
 
 /// All of Linux 6.12, in the order of their numbers.
-const CAPABILITIES: [&str; 41] = [
+pub(super) const CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",

@@ -1,4 +1,4 @@
-use super::capabilities::{DEFAULT_CAPABILITIES, capability};
+use super::capabilities::{CAPABILITIES, DEFAULT_CAPABILITIES, capability};
 use super::seccomp::{SeccompProfile, profile};
 use super::*;
 use clap::Parser;
@@ -192,7 +192,7 @@ fn what_can_not_be_is_named() {
 
 #[test]
 fn capabilities_are_added_and_dropped() {
-    let set = |words: &[&str]| capabilities(&options(words)).unwrap();
+    let set = |words: &[&str]| capabilities::of(&options(words)).unwrap();
     assert!(set(&["--cap-add", "net_admin"]).contains("CAP_NET_ADMIN"));
     assert!(!set(&["--cap-drop", "CAP_CHOWN"]).contains("CAP_CHOWN"));
     assert_eq!(

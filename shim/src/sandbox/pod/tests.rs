@@ -198,6 +198,20 @@ fn execs_end_before_their_init() {
 }
 
 #[test]
+fn a_vm_that_the_host_had_no_memory_for_is_told_as_such() {
+    let mut rig = Rig::running();
+    rig.told();
+    let death = Death {
+        reason: "no memory".into(),
+        out_of_memory: true,
+    };
+    assert_eq!(rig.pod.vm_gone(&death), death);
+    assert_eq!(rig.told(), ["oom c", "exit c 137"]);
+    let exit = rig.pod.describe(&ProcessKey::init(id("c"))).unwrap().exit;
+    assert!(exit.unwrap().oom_killed);
+}
+
+#[test]
 fn the_vms_death_reaches_everything_once_with_the_first_reason() {
     let mut rig = Rig::running();
     let exec = rig.exec("e");
@@ -206,19 +220,18 @@ fn the_vms_death_reaches_everything_once_with_the_first_reason() {
         .begin_create(&id("late"), "/b".into(), StdioPaths::default())
         .unwrap();
     rig.told();
-    assert_eq!(
-        rig.pod.vm_gone("coffer-vmm was killed by signal 9"),
-        "coffer-vmm was killed by signal 9"
-    );
+    let first = Death::from("coffer-vmm was killed by signal 9".to_owned());
+    assert_eq!(rig.pod.vm_gone(&first), first);
     assert_eq!(
         rig.told(),
         ["exit e 137", "exit c 137"],
         "a container that never was is not told"
     );
-    assert_eq!(
-        rig.pod.vm_gone("something else"),
-        "coffer-vmm was killed by signal 9"
-    );
+    let second = Death {
+        reason: "something else".into(),
+        out_of_memory: true,
+    };
+    assert_eq!(rig.pod.vm_gone(&second), first);
     rig.pod.exited(&exec, exit(0));
     rig.pod.stopped();
     assert!(rig.told().is_empty());
@@ -426,7 +439,7 @@ proptest! {
                 }
                 Step::Pause(n) => drop(rig.pod.paused(&init(n).container)),
                 Step::Resume(n) => drop(rig.pod.resumed(&init(n).container)),
-                Step::Died => drop(rig.pod.vm_gone("test")),
+                Step::Died => drop(rig.pod.vm_gone(&Death::from("test".to_owned()))),
                 Step::Stopped => rig.pod.stopped(),
             }
         }
