@@ -15,6 +15,7 @@
 mod boot;
 mod console;
 mod container;
+mod cpus;
 mod events;
 mod forward;
 mod guest;

@@ -10,6 +10,7 @@
 //! | `INTERNAL`            | the kernel refused                                            |
 
 use crate::container::{self, Container};
+use crate::cpus::{self, CpuError};
 use crate::guest::{self, GuestError};
 use crate::network::{Interface, NetworkError};
 use crate::process::{Process, ProcessError, ProcessId, checked_signal};
@@ -29,6 +30,7 @@ use std::fmt::Write as _;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
+use tokio::task::spawn_blocking;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::{get_rpc_status, get_status};
 use ttrpc::{Code, Error as RpcError, Result as RpcResult};
@@ -256,6 +258,18 @@ impl Agent for Verbs {
         })
     }
 
+    async fn set_online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: agent::OnlineCpus,
+    ) -> RpcResult<Empty> {
+        self.to_the_end(|_| async move {
+            Ok(spawn_blocking(move || cpus::set_online(request.count)).await??)
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> RpcResult<Event> {
         Ok(self.sandbox.events.next().await)
     }
@@ -334,6 +348,7 @@ fn code(error: &SandboxError) -> Code {
         SandboxError::Guest(GuestError::SysctlName(_) | GuestError::EntropyLength(_)) => {
             Code::INVALID_ARGUMENT
         }
+        SandboxError::Cpus(CpuError::Count { .. }) => Code::INVALID_ARGUMENT,
         SandboxError::Container { cause, .. } => container_code(cause),
         SandboxError::Process(error) => process_code(error),
         _ => Code::INTERNAL,

@@ -2,6 +2,7 @@
 
 use crate::boot::Phases;
 use crate::container::{self, Container, SharedNamespaces, Started};
+use crate::cpus::CpuError;
 use crate::events::{Events, MemoryWatch};
 use crate::guest::{self, GuestError};
 use crate::network::{self, Interface, NetworkError};
@@ -53,6 +54,8 @@ pub enum SandboxError {
     Network(#[from] NetworkError),
     #[error(transparent)]
     Pause(#[from] PauseError),
+    #[error(transparent)]
+    Cpus(#[from] CpuError),
 }
 
 /// A process that never ran its program ends at once when it is told to.

@@ -8,9 +8,10 @@ mod wire;
 use crate::machine::child::printable;
 use crate::sandbox::process::ProcessKey;
 use coffer_proto::agent::{
-    ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, Interface, Process,
-    ProcessRef, ProcessResponse, ResizeTerminalRequest, SignalProcessRequest, StartSandboxRequest,
-    StatContainerResponse, StatGuestResponse, Stdio, UpdateContainerRequest, event,
+    ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, Interface, OnlineCpus,
+    Process, ProcessRef, ProcessResponse, ResizeTerminalRequest, SignalProcessRequest,
+    StartSandboxRequest, StatContainerResponse, StatGuestResponse, Stdio, UpdateContainerRequest,
+    event,
 };
 use coffer_proto::agent_ttrpc::AgentClient;
 use coffer_proto::exec_failure::Unexecutable;
@@ -316,6 +317,16 @@ impl Agent {
             }
             _ => Err(invalid(call, "an event of no known kind")),
         }
+    }
+
+    /// Brings this many CPUs of the guest online, and takes the others offline.
+    pub async fn set_online_cpus(&self, count: u8) -> Result<(), AgentError> {
+        let request = OnlineCpus {
+            count: count.into(),
+            ..Default::default()
+        };
+        let send = |context| self.client.set_online_cpus(context, &request);
+        self.call("SetOnlineCpus", QUICK, send).await.map(drop)
     }
 
     /// The guest's memory and uptime.

@@ -142,7 +142,7 @@ impl SandboxCgroup {
                 .find_map(|file| fs::read_to_string(dir.join(file)).ok())
                 .and_then(|text| {
                     let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-                    count?.trim().parse().ok()
+                    count?.trim().parse::<u64>().ok()
                 })
         };
         self.dirs.iter().filter_map(count).sum::<u64>()

@@ -88,6 +88,8 @@ pub struct Config {
     pub hypervisor: HypervisorChoice,
     /// Virtual CPUs of a VM for which nobody asked for a number.
     pub vcpus: u8,
+    /// Virtual CPUs up to which a pod's VM can grow while it runs; never more than the host has.
+    pub max_vcpus: u8,
     /// Memory of a VM for which nobody asked for a size, in MiB.
     pub memory_mib: u32,
     /// Added to a container's memory limit for the guest's kernel and agent, in MiB.
@@ -116,6 +118,7 @@ impl Default for Config {
             root: DEFAULT_ROOT.into(),
             hypervisor: HypervisorChoice::Auto,
             vcpus: 1,
+            max_vcpus: 8,
             memory_mib: 512,
             memory_overhead_mib: 128,
             libexec: None,
@@ -169,6 +172,13 @@ impl Config {
                 "vcpus",
                 config.vcpus.to_string(),
                 format!("between 1 and {MAX_VCPUS}"),
+            );
+        }
+        if config.max_vcpus > MAX_VCPUS {
+            return refuse(
+                "max_vcpus",
+                config.max_vcpus.to_string(),
+                format!("at most {MAX_VCPUS}"),
             );
         }
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&config.memory_mib) {
@@ -229,6 +239,7 @@ impl Config {
             root: self.root.clone(),
             hypervisor,
             vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus.min(host_cpus()),
             memory_mib: self.memory_mib,
             kernel: self.kernel(),
             initrd: self.initrd(),
@@ -243,6 +254,12 @@ impl Config {
             namespace: String::new(),
         }
     }
+}
+
+/// More virtual CPUs than these only wait for one another.
+fn host_cpus() -> u8 {
+    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    u8::try_from(count).unwrap_or(MAX_VCPUS)
 }
 
 #[cfg(test)]
@@ -277,6 +294,7 @@ mod tests {
             root = "/r"
             hypervisor = "coffer-vmm"
             vcpus = 2
+            max_vcpus = 3
             memory_mib = 256
             memory_overhead_mib = 64
             libexec = "/l"
@@ -293,6 +311,7 @@ mod tests {
             root: "/r".into(),
             hypervisor: HypervisorChoice::CofferVmm,
             vcpus: 2,
+            max_vcpus: 3,
             memory_mib: 256,
             memory_overhead_mib: 64,
             libexec: Some("/l".into()),

@@ -5,10 +5,12 @@
 //! which honours a field or refuses it by name.
 
 mod binds;
+mod cpu;
 mod devices;
 mod labels;
 
 pub use binds::Bind;
+pub use cpu::CpuNeed;
 pub use labels::strip_process;
 
 use crate::mount_points::MountPoint;
@@ -104,6 +106,8 @@ pub struct GuestSpec {
     pub hostname: Option<String>,
     /// `linux.cgroupsPath` as it was written.
     pub cgroups_path: Option<PathBuf>,
+    /// What it needs of the VM's CPUs.
+    pub cpu: CpuNeed,
     /// Hooks that run on the host, in the runtime's namespaces.
     pub host_hooks: HostHooks,
 }
@@ -201,6 +205,7 @@ impl Bundle {
             pid_namespace,
             hostname: spec.hostname().clone(),
             cgroups_path,
+            cpu: CpuNeed::of(&spec),
             host_hooks,
             json: serde_json::to_vec(&spec).expect("a spec that was parsed can be written"),
         })

@@ -205,6 +205,7 @@ pub(crate) mod tests {
             root: root.to_owned(),
             hypervisor: Hypervisor::QemuEmulation,
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 128,
             kernel: "/nonexistent/vmlinux".into(),
             initrd: "/nonexistent/initrd".into(),

@@ -1,6 +1,7 @@
 //! A client of a sandbox's Task API, as containerd is one.
 
 use anyhow::{Context, Result};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::{Client, TaskClient, api};
 use std::path::Path;
 use std::time::Duration;
@@ -61,6 +62,21 @@ impl Task {
             ..Default::default()
         };
         Ok(self.client.wait(Self::context(), &request)?.exit_status)
+    }
+
+    /// Applies OCI `LinuxResources`.
+    pub fn update(&self, id: &str, resources: &serde_json::Value) -> ttrpc::Result<()> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = api::UpdateTaskRequest {
+            id: id.into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.client.update(Self::context(), &request).map(drop)
     }
 
     pub fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {

@@ -150,6 +150,7 @@ fn size(sandbox: &mut SandboxOptions, options: &RunOptions, prepared: &Prepared,
     }
     if let Some(cpus) = options.container.cpus.map(Cpus::vcpus) {
         sandbox.vcpus = cpus;
+        sandbox.max_vcpus = cpus;
     }
 }
 

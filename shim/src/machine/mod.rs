@@ -31,6 +31,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 use wiring::Wiring;
 
@@ -86,6 +87,7 @@ pub struct Machine {
     _port_forward: Option<PortForward>,
     /// The host's cgroup of its processes, where they have one.
     cgroup: Option<SandboxCgroup>,
+    online_cpus: Mutex<u8>,
     /// Set when we end the VM ourselves: then its end is no failure, whatever it looks like from outside.
     ending: OnceLock<End>,
 }
@@ -261,6 +263,7 @@ async fn assemble(
         wiring,
         _port_forward: port_forward,
         cgroup,
+        online_cpus: Mutex::new(options.vcpus),
         ending: OnceLock::new(),
     })
 }
@@ -402,6 +405,16 @@ impl Machine {
     /// The host's pid that stands for every process of the guest.
     pub fn host_pid(&self) -> u32 {
         u32::try_from(self.vmm.process.id.pid).unwrap_or_default()
+    }
+
+    /// Brings this many CPUs of the guest online. Calls come one after the other.
+    pub async fn set_online_cpus(&self, count: u8) -> Result<(), AgentError> {
+        let mut online = self.online_cpus.lock().await;
+        if *online != count {
+            self.agent.set_online_cpus(count).await?;
+            *online = count;
+        }
+        Ok(())
     }
 
     /// Brings the guest's network to where the pod's namespace is now.

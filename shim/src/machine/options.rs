@@ -76,6 +76,9 @@ pub struct SandboxOptions {
     pub hypervisor: Hypervisor,
     /// Virtual CPUs, 1 to [`coffer_proto::limits::MAX_VCPUS`].
     pub vcpus: u8,
+    /// Virtual CPUs that the VM has altogether: those above [`Self::vcpus`] are brought online when containers need them.
+    #[serde(default)]
+    pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Uncompressed `vmlinux` with a PVH note.
@@ -97,6 +100,11 @@ pub struct SandboxOptions {
 }
 
 impl SandboxOptions {
+    /// The CPUs the VM is made with.
+    pub fn all_vcpus(&self) -> u8 {
+        self.max_vcpus.max(self.vcpus)
+    }
+
     /// `<root>/<id>`, which holds everything the sandbox has on disk.
     pub fn dir(&self) -> PathBuf {
         self.root.join(&self.id)

@@ -86,6 +86,13 @@ impl BootFiles {
                 format!("1 to {MAX_VCPUS}"),
             ));
         }
+        if options.all_vcpus() > MAX_VCPUS {
+            return Err(out_of_range(
+                "max_vcpus",
+                options.max_vcpus,
+                format!("at most {MAX_VCPUS}"),
+            ));
+        }
         if options.memory_mib < MIN_MEMORY_MIB {
             return Err(out_of_range(
                 "memory_mib",
@@ -282,7 +289,7 @@ pub fn vm_config(
     }
     let config = VmConfig {
         id: options.id.clone(),
-        vcpus: options.vcpus,
+        vcpus: options.all_vcpus(),
         memory_mib: options.memory_mib,
         kernel: sent.add(files.kernel),
         initrd: sent.add(files.initrd),
@@ -323,6 +330,10 @@ pub fn local_mac(uid: u32) -> [u8; 6] {
 
 fn command_line(options: &SandboxOptions) -> String {
     let mut words = options.kernel_params.clone();
+    if options.all_vcpus() > options.vcpus {
+        // The others can be brought online later.
+        words.push(format!("maxcpus={}", options.vcpus));
+    }
     if options.debug {
         words.push("ignore_loglevel".to_owned());
     }

@@ -153,6 +153,7 @@ mod tests {
         tell(&mut cards, [2; 6], &agent).await.unwrap();
         assert_eq!(cards[0].told, Some(interface(1400)));
         drop(agent);
-        assert_eq!(calls.join().unwrap(), 3);
+        let calls = tokio::task::spawn_blocking(move || calls.join().unwrap());
+        assert_eq!(calls.await.unwrap(), 3);
     }
 }

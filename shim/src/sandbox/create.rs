@@ -102,6 +102,8 @@ impl Sandbox {
             .create_container(&new.id, guest.json, stdio, beside.as_ref())
             .await?;
         crash::point("create.in-guest");
+        self.need_cpus(&machine, &new.id, move |_| guest.cpu)
+            .await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
         let created = key.clone();
         let pid = self.apply(move |pod| pod.created(&created, io)).await?;

@@ -11,6 +11,7 @@ use super::events::{Description, SandboxState, TaskEvent};
 use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use crate::io::ProcessIo;
 use crate::machine::Death;
+use crate::spec::CpuNeed;
 use coffer_proto::ids::{ContainerId, ExecId};
 use prepared::Preparation;
 use std::collections::BTreeMap;
@@ -31,6 +32,8 @@ pub enum Admission {
 #[derive(Debug)]
 pub struct Container {
     pub bundle: PathBuf,
+    /// What it needs of the VM's CPUs.
+    pub cpu: CpuNeed,
     /// The host's pid that stands for this container alone, where it has one.
     pid: Option<u32>,
     pub init: Process,
@@ -122,22 +125,12 @@ impl Pod {
             oom_killed: out_of_memory,
         };
         for id in self.container_ids() {
-            if out_of_memory && self.is_live(&id) {
-                self.out_of_memory(&id);
-            }
             self.end_container(&id, &exit);
         }
         Death {
             reason,
             out_of_memory,
         }
-    }
-
-    fn is_live(&self, id: &ContainerId) -> bool {
-        self.containers.get(id).is_some_and(|container| {
-            let state = container.init.state;
-            !matches!(state, ProcessState::Creating | ProcessState::Stopped)
-        })
     }
 
     /// Stopping → Stopped.
@@ -174,6 +167,7 @@ impl Pod {
         }
         let container = Container {
             bundle,
+            cpu: CpuNeed::Nothing,
             pid: None,
             init: Process::new(stdio),
             execs: BTreeMap::new(),
@@ -322,7 +316,8 @@ impl Pod {
         let Some(container) = self.containers.get(id) else {
             return;
         };
-        let unnoticed_oom = exit.oom_killed && !container.oom_told;
+        let was_told_of = container.init.state != ProcessState::Creating;
+        let unnoticed_oom = exit.oom_killed && !container.oom_told && was_told_of;
         let killed = Exit {
             status: VM_DIED,
             oom_killed: false,
@@ -381,6 +376,14 @@ impl Pod {
         })
     }
 
+    /// What each container needs of the VM's CPUs.
+    pub fn cpu_needs(&self) -> Vec<CpuNeed> {
+        self.containers
+            .values()
+            .map(|container| container.cpu)
+            .collect()
+    }
+
     /// The container that this pid stands for; None when it stands for none, or for all.
     pub fn container_of_pid(&self, pid: u32) -> Option<ContainerId> {
         let mut found = self.containers.iter().filter(|(_, c)| c.pid == Some(pid));
@@ -411,7 +414,7 @@ impl Pod {
         found.ok_or_else(|| Error::NotFound(ProcessKey::init(id.clone())))
     }
 
-    fn container_mut(&mut self, id: &ContainerId) -> Result<&mut Container, Error> {
+    pub fn container_mut(&mut self, id: &ContainerId) -> Result<&mut Container, Error> {
         let found = self
             .containers
             .get_mut(id)

@@ -6,9 +6,11 @@ use super::{Error, Sandbox};
 use crate::agent::AgentError;
 use crate::crash;
 use crate::machine::Machine;
+use crate::spec::CpuNeed;
 use crate::vmm::chain;
 use coffer_proto::agent::{Process as GuestProcess, StatContainerResponse};
 use coffer_proto::ids::ContainerId;
+use oci_spec::runtime::LinuxResources;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
@@ -141,6 +143,12 @@ impl Sandbox {
         let (end, empty) = self
             .apply(move |pod| Ok((pod.deleted(&deleted)?, pod.is_unneeded())))
             .await?;
+        if let (Some(machine), false) = (&machine, empty || is_exec) {
+            let needs = self.change(|pod| pod.cpu_needs()).await?;
+            if let Err(error) = self.fit_cpus(machine, needs).await {
+                tracing::warn!(error = chain(&error), "CPUs that nobody needs stay online");
+            }
+        }
         if empty && !is_exec {
             let sandbox = self.clone();
             tokio::spawn(async move { sandbox.stop("its last container was deleted").await });
@@ -201,17 +209,42 @@ impl Sandbox {
         .await
     }
 
-    /// Applies OCI resources to a container in the guest.
+    /// Applies OCI resources to a container: in the guest's cgroup, and to the CPUs that the VM has online.
     pub async fn update(&self, id: ContainerId, resources: Vec<u8>) -> Result<(), Error> {
         let target = id.clone();
         self.apply(move |pod| pod.container(&target).map(|_| ()))
             .await?;
-        Ok(self
-            .machine()
-            .await?
-            .agent
-            .update_container(&id, resources)
-            .await?)
+        let parsed: LinuxResources =
+            serde_json::from_slice(&resources).map_err(|source| Error::Malformed {
+                what: "the resources",
+                source,
+            })?;
+        let machine = self.machine().await?;
+        machine.agent.update_container(&id, resources).await?;
+        self.need_cpus(&machine, &id, move |need| need.updated(&parsed))
+            .await
+    }
+
+    /// Changes what a container needs of the VM's CPUs, and brings as many online as all need together.
+    pub(super) async fn need_cpus(
+        &self,
+        machine: &Machine,
+        id: &ContainerId,
+        change: impl FnOnce(CpuNeed) -> CpuNeed + Send + 'static,
+    ) -> Result<(), Error> {
+        let id = id.clone();
+        let needs = self.apply(move |pod| {
+            let container = pod.container_mut(&id)?;
+            container.cpu = change(container.cpu);
+            Ok(pod.cpu_needs())
+        });
+        self.fit_cpus(machine, needs.await?).await
+    }
+
+    async fn fit_cpus(&self, machine: &Machine, needs: Vec<CpuNeed>) -> Result<(), Error> {
+        let options = self.options();
+        let count = CpuNeed::cpus(needs, options.vcpus, options.all_vcpus());
+        Ok(machine.set_online_cpus(count).await?)
     }
 
     /// The container's figures, from the guest's cgroup.

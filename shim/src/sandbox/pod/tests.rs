@@ -130,7 +130,7 @@ fn a_prepared_sandbox_stays_without_containers_until_it_is_stopped() {
     rig.pod.deleted(&key("c", None)).unwrap();
     assert!(!rig.pod.is_unneeded() && rig.pod.idle_since().is_none());
     assert!(rig.pod.begin_orderly_stop("stopped"));
-    rig.pod.vm_gone("exited");
+    rig.pod.vm_gone(&Death::from("exited".to_owned()));
     rig.pod.stopped();
     let ended = rig.pod.describe_sandbox(SystemTime::now());
     assert!(ended.ended.is_some() && ended.exit_status() == 0);
@@ -142,7 +142,7 @@ fn the_death_of_a_prepared_sandbox_is_no_orderly_end() {
     rig.pod.prepare(crate::machine::Pod::default()).unwrap();
     rig.pod.begin_prepared_boot().unwrap();
     rig.pod.booted(7);
-    rig.pod.vm_gone("killed");
+    rig.pod.vm_gone(&Death::from("killed".to_owned()));
     rig.pod.stopped();
     let ended = rig.pod.describe_sandbox(SystemTime::now());
     assert_eq!(ended.exit_status(), VM_DIED);
