@@ -80,7 +80,7 @@ async fn call(agent: &Agent, operation: u8) -> Result<(), AgentError> {
         4 => drop(agent.stat_guest().await?),
         5 => proper(agent.next_oom().await?.as_str()),
         6 => {
-            let pid = agent.create_container(&id, Vec::new(), Stdio::default());
+            let pid = agent.create_container(&id, Vec::new(), Stdio::default(), None);
             assert!(i32::try_from(pid.await?).is_ok_and(|pid| pid > 0));
         }
         7 => {

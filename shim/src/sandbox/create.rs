@@ -9,11 +9,14 @@ use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec};
 use crate::mount_points;
+use crate::parked::{Namespace, Parked};
 use crate::spec::{self, Bundle, GuestSpec};
 use crate::state::ContainerRecord;
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, ExecId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -105,8 +108,14 @@ impl Sandbox {
         self.need_cpus(&machine, &new.id, move |_| guest.cpu)
             .await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
-        let created = key.clone();
-        let pid = self.apply(move |pod| pod.created(&created, io)).await?;
+        let (created, stand) = (key.clone(), self.process_for(admission)?);
+        let pid = self.apply(move |pod| {
+            if let Some(stand) = stand {
+                pod.stand(&created.container, stand)?;
+            }
+            pod.created(&created, io)
+        });
+        let pid = pid.await?;
         self.watch_process(&machine, key);
         Ok(pid)
     }
@@ -115,6 +124,20 @@ impl Sandbox {
         let namespace = &self.options().namespace;
         let opened = Endpoints::open(stdio, key, namespace).await;
         Ok(opened.map_err(StdioError::from)?)
+    }
+
+    /// A process of the host for a container that joins a pod of containerd's. By its pid, and no other, can another container ask for
+    /// this one's PID namespace.
+    fn process_for(&self, admission: Admission) -> Result<Option<Parked>, Error> {
+        if admission == Admission::Boot || self.options().namespace.is_empty() {
+            return Ok(None);
+        }
+        let netns = self.shared.state.get().netns;
+        let netns = netns.and_then(|path| File::open(path).ok());
+        let namespace = netns.as_ref().map_or(Namespace::Inherited, |netns| {
+            Namespace::Network(netns.as_fd())
+        });
+        Parked::start(namespace).map(Some).map_err(Error::StandIn)
     }
 
     /// The container that a path to a PID namespace of the host means: the one whose process it names, or else the pod's first, for

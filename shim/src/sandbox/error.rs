@@ -54,6 +54,8 @@ pub enum Error {
     },
     #[error("the signal {0} does not exist")]
     Signal(u32),
+    #[error("can't start the process that stands for the container")]
+    StandIn(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error("can't make a network namespace")]

@@ -11,6 +11,7 @@ use super::events::{Description, SandboxState, TaskEvent};
 use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIED};
 use crate::io::ProcessIo;
 use crate::machine::Death;
+use crate::parked::Parked;
 use crate::spec::CpuNeed;
 use coffer_proto::ids::{ContainerId, ExecId};
 use prepared::Preparation;
@@ -34,8 +35,8 @@ pub struct Container {
     pub bundle: PathBuf,
     /// What it needs of the VM's CPUs.
     pub cpu: CpuNeed,
-    /// The host's pid that stands for this container alone, where it has one.
-    pid: Option<u32>,
+    /// The host's process that stands for this container alone, where it has one.
+    stand: Option<Parked>,
     pub init: Process,
     pub execs: BTreeMap<ExecId, Process>,
     /// Somebody was told that it hit its memory limit.
@@ -168,7 +169,7 @@ impl Pod {
         let container = Container {
             bundle,
             cpu: CpuNeed::Nothing,
-            pid: None,
+            stand: None,
             init: Process::new(stdio),
             execs: BTreeMap::new(),
             oom_told: false,
@@ -210,7 +211,7 @@ impl Pod {
     /// Creating → Created: the agent has it and its streams are attached.
     pub fn created(&mut self, key: &ProcessKey, io: ProcessIo) -> Result<u32, Error> {
         self.alive()?;
-        let pid = self.pid;
+        let pid = self.pid_of(&key.container);
         if key.exec.is_some() {
             self.check_signal(&ProcessKey::init(key.container.clone()))?;
         }
@@ -266,7 +267,7 @@ impl Pod {
 
     /// Starting → Running, and on to Stopped if the end came first.
     pub fn started(&mut self, key: &ProcessKey) -> Result<u32, Error> {
-        let pid = self.pid;
+        let pid = self.pid_of(&key.container);
         let process = self.process_mut(key)?;
         if process.state != ProcessState::Starting {
             // The VM died meanwhile, and its end was told.
@@ -340,7 +341,7 @@ impl Pod {
     }
 
     fn end_process(&mut self, key: &ProcessKey, exit: Exit) {
-        let pid = self.pid;
+        let pid = self.pid_of(&key.container);
         let Ok(process) = self.process_mut(key) else {
             return;
         };
@@ -369,7 +370,7 @@ impl Pod {
         let process = self.process(key)?;
         Ok(Description {
             bundle: self.container(&key.container)?.bundle.clone(),
-            pid: self.pid,
+            pid: self.pid_of(&key.container),
             state: process.state,
             stdio: process.stdio.clone(),
             exit: process.exit(),
@@ -384,9 +385,24 @@ impl Pod {
             .collect()
     }
 
+    /// From now on this process's pid is the container's.
+    pub fn stand(&mut self, id: &ContainerId, process: Parked) -> Result<(), Error> {
+        self.container_mut(id)?.stand = Some(process);
+        Ok(())
+    }
+
+    /// The host's pid that stands for a container: its own, or the one of the whole pod.
+    fn pid_of(&self, id: &ContainerId) -> u32 {
+        let stand = self.containers.get(id).and_then(|c| c.stand.as_ref());
+        stand.map_or(self.pid, Parked::pid)
+    }
+
     /// The container that this pid stands for; None when it stands for none, or for all.
     pub fn container_of_pid(&self, pid: u32) -> Option<ContainerId> {
-        let mut found = self.containers.iter().filter(|(_, c)| c.pid == Some(pid));
+        let mut found = self
+            .containers
+            .iter()
+            .filter(|(_, c)| c.stand.as_ref().is_some_and(|stand| stand.pid() == pid));
         found.next().map(|(id, _)| id.clone())
     }
 

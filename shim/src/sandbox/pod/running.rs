@@ -122,7 +122,7 @@ impl Pod {
 
     /// Takes a deleted process out; gives its end.
     pub fn deleted(&mut self, key: &ProcessKey) -> Result<(u32, Exit), Error> {
-        let pid = self.pid;
+        let pid = self.pid_of(&key.container);
         // Deleted before it ran: that killed it.
         let killed = Exit {
             status: VM_DIED,
