@@ -2,7 +2,7 @@
 
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::project::Project;
 use crate::{assets, build, setup};
@@ -25,10 +25,10 @@ pub fn run(project: &Project) -> Result<ExitCode> {
         .arg(format!("{SCRIPT}; exit {EXIT_CODE}"));
     eprintln!("--> coffer run: a container in a microVM");
     let status = coffer.status().context("start coffer")?;
-    eprintln!("--> the container's exit code arrived: {status}");
-    let code = status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(u8::MAX);
-    Ok(ExitCode::from(code))
+    ensure!(
+        status.code() == Some(EXIT_CODE.into()),
+        "the container's exit code, {EXIT_CODE}, did not arrive: {status}"
+    );
+    eprintln!("--> the container's exit code arrived: {EXIT_CODE}");
+    Ok(ExitCode::from(EXIT_CODE))
 }
