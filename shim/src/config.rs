@@ -21,15 +21,20 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// Guest-physical addresses end at 1 TiB in the machine's layout.
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
+/// What an error quotes of a line.
+const QUOTED_CHARACTERS: usize = 80;
+
 /// Why the configuration can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("can't read the configuration {path:?}")]
     Read { path: PathBuf, source: io::Error },
-    #[error("the configuration {path:?} is not valid")]
+    #[error("the configuration {path:?} is not valid: line {number}, `{line}`: {message}")]
     Parse {
         path: PathBuf,
-        source: toml::de::Error,
+        number: usize,
+        line: String,
+        message: String,
     },
     #[error("the configuration {path:?} is not valid: {key} = {value} is not {expected}")]
     Value {
@@ -155,10 +160,7 @@ impl Config {
     /// Parses a configuration that came from `path`, or from a containerd runtime's `options`.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let parsed: Result<Self, _> = toml::from_str(text);
-        let config = parsed.map_err(|source| ConfigError::Parse {
-            path: path.into(),
-            source,
-        })?;
+        let config = parsed.map_err(|error| parse_error(path, text, &error))?;
         let refuse = |key, value: String, expected: String| {
             Err(ConfigError::Value {
                 path: path.into(),
@@ -262,6 +264,20 @@ fn host_cpus() -> u8 {
     u8::try_from(count).unwrap_or(MAX_VCPUS)
 }
 
+/// What the parser says, in one line: callers show only one.
+fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let at = error.span().map_or(0, |span| span.start);
+    let before = text.get(..at).unwrap_or_default();
+    let index = before.matches('\n').count();
+    let line = text.lines().nth(index).unwrap_or_default();
+    ConfigError::Parse {
+        path: path.into(),
+        number: index + 1,
+        line: line.trim().chars().take(QUOTED_CHARACTERS).collect(),
+        message: error.message().replace('\n', " "),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,6 +349,11 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_bad_values_are_named() {
+        let typed = error("debug = true\nvcpus = \"two\"");
+        assert!(
+            typed.contains("line 2, `vcpus = \"two\"`") && !typed.contains('\n'),
+            "{typed}"
+        );
         assert!(error("vcpu = 1").contains("vcpu"));
         assert!(error("hypervisor = \"xen\"").contains("xen"));
         assert!(error("vcpus = 0").contains("vcpus = 0"));

@@ -53,12 +53,9 @@ pub fn run(project: &Project) -> Result<PathBuf> {
 
 /// Puts a shim beside the product that a test can have die at a named point. Nobody gets it but tests.
 pub fn crash_points(project: &Project) -> Result<()> {
-    let mut cargo = static_cargo(project)?;
-    cargo.args([
-        "--package=coffer-shim",
-        "--bin=containerd-shim-coffer-v2",
-        "--features=crash-points",
-    ]);
+    // All packages again: with one alone, its dependencies would have other features and be compiled anew.
+    let mut cargo = cargo(project)?;
+    cargo.arg("--features=coffer-shim/crash-points");
     step("compile the shim with crash points", || {
         process::run_shown(&mut cargo)
     })?;
@@ -70,12 +67,6 @@ pub fn crash_points(project: &Project) -> Result<()> {
 }
 
 fn cargo(project: &Project) -> Result<Command> {
-    let mut cargo = static_cargo(project)?;
-    cargo.args(PACKAGES.map(|package| format!("--package={package}")));
-    Ok(cargo)
-}
-
-fn static_cargo(project: &Project) -> Result<Command> {
     let mut cargo = project.cargo();
     cargo.args([
         "build",
@@ -85,6 +76,7 @@ fn static_cargo(project: &Project) -> Result<Command> {
         "--profile",
         PROFILE,
     ]);
+    cargo.args(PACKAGES.map(|package| format!("--package={package}")));
     let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
     cargo.env("RUSTFLAGS", flags.trim());

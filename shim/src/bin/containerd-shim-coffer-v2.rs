@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 use coffer::containerd::bootstrap::{Action, Args, MAX_STDIN_BYTES};
 use coffer::containerd::{info, start};
-use coffer::sandbox::network_holder::{self, HOLD};
 use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -23,9 +22,6 @@ fn run() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     if words.first().is_some_and(|word| word == start::SUPERVISE) {
         return supervise();
-    }
-    if words.first().is_some_and(|word| word == HOLD) {
-        return Ok(network_holder::hold()?);
     }
     let args = Args::parse(words)?;
     let answer = match args.action {

@@ -1,10 +1,9 @@
 //! Recipes that bring something into being: the VM with its first container, further containers, execs.
 
-use super::network_holder::NetworkHolder;
 use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
-use super::{Error, Sandbox};
+use super::{Error, OwnNetwork, Sandbox};
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec};
@@ -14,9 +13,10 @@ use crate::spec::{self, Bundle, GuestSpec};
 use crate::state::ContainerRecord;
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, ExecId};
+use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -87,7 +87,7 @@ impl Sandbox {
             Admission::Boot => {
                 let mut pod = pod_of(&guest);
                 if wants_network(bundle.spec()) && !self.options().namespace.is_empty() {
-                    pod.netns = Some(self.hold_network().await?);
+                    pod.netns = Some(self.make_network()?);
                 }
                 self.boot(pod).await?
             }
@@ -132,11 +132,15 @@ impl Sandbox {
         if admission == Admission::Boot || self.options().namespace.is_empty() {
             return Ok(None);
         }
-        let netns = self.shared.state.get().netns;
-        let netns = netns.and_then(|path| File::open(path).ok());
-        let namespace = netns.as_ref().map_or(Namespace::Inherited, |netns| {
-            Namespace::Network(netns.as_fd())
-        });
+        let named = self.shared.state.get().netns;
+        let named = named.and_then(|path| File::open(path).ok());
+        let own = self.shared.own_network.get().map(|own| &own.namespace);
+        let namespace = named
+            .as_ref()
+            .or(own)
+            .map_or(Namespace::Inherited, |netns| {
+                Namespace::Network(netns.as_fd())
+            });
         Parked::start(namespace).map(Some).map_err(Error::StandIn)
     }
 
@@ -200,20 +204,26 @@ impl Sandbox {
         Ok(bundle)
     }
 
-    /// Makes a network namespace that containerd's callers can wire later; gives its path in this process.
-    async fn hold_network(&self) -> Result<PathBuf, Error> {
-        let holder = NetworkHolder::start().await.map_err(Error::Holder)?;
-        let path = holder.path();
-        // There is one boot, and so one holder.
-        let _ = self.shared.holder.set(holder);
+    /// Makes a network namespace on the host, for docker, nerdctl and `ctr run --cni` wire one after Create, by the pid that it gave.
+    /// Gives its path in this process.
+    fn make_network(&self) -> Result<PathBuf, Error> {
+        let process =
+            Parked::start(Namespace::New(CloneFlags::CLONE_NEWNET)).map_err(Error::StandIn)?;
+        let namespace = process.namespace("net").map_err(Error::StandIn)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd()));
+        // There is one boot, and so one of it.
+        let _ = self
+            .shared
+            .own_network
+            .set(OwnNetwork { process, namespace });
         Ok(path)
     }
 
     /// Boots the VM.
     pub(super) async fn boot(&self, pod: PodSpec) -> Result<Arc<Machine>, Error> {
         let machine = Arc::new(machine::boot(self.options(), &pod, &self.shared.state).await?);
-        let holder = self.shared.holder.get();
-        let pid = holder.map_or_else(|| machine.host_pid(), NetworkHolder::pid);
+        let own = self.shared.own_network.get();
+        let pid = own.map_or_else(|| machine.host_pid(), |own| own.process.pid());
         self.shared.machine.send_replace(Some(machine.clone()));
         let stopped = self.apply(move |pod| {
             pod.booted(pid);

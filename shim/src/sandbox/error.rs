@@ -58,8 +58,6 @@ pub enum Error {
     StandIn(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("can't make a network namespace")]
-    Holder(#[source] io::Error),
     #[error(transparent)]
     Network(BootCause),
     #[error(transparent)]

@@ -20,7 +20,6 @@ mod end;
 pub mod error;
 pub mod events;
 mod loop_device;
-pub mod network_holder;
 pub mod pod;
 pub mod process;
 pub mod rootfs;
@@ -30,11 +29,12 @@ pub use error::Error;
 
 use crate::agent::AgentError;
 use crate::machine::{Machine, SandboxOptions};
+use crate::parked::Parked;
 use crate::state::StateFile;
 use coffer_proto::ids::ContainerId;
 use events::{SandboxState, TaskEvent};
-use network_holder::NetworkHolder;
 use pod::Pod;
+use std::fs::File;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -65,8 +65,15 @@ struct Shared {
     machine: watch::Sender<Option<Arc<Machine>>>,
     /// Follows the pod's state, for those who wait for a change.
     status: watch::Sender<SandboxState>,
-    /// The pod's network namespace where nobody made one before the pod.
-    holder: OnceLock<NetworkHolder>,
+    own_network: OnceLock<OwnNetwork>,
+}
+
+/// The pod's network namespace where nobody made one before the pod.
+#[derive(Debug)]
+struct OwnNetwork {
+    /// It is in the namespace, and its pid stands for the pod.
+    process: Parked,
+    namespace: File,
 }
 
 impl Sandbox {
@@ -102,7 +109,7 @@ impl Sandbox {
                 owner,
                 machine,
                 status,
-                holder: OnceLock::new(),
+                own_network: OnceLock::new(),
             }),
         }
     }
