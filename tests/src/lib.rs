@@ -11,6 +11,7 @@
 pub mod bundle;
 pub mod cri;
 pub mod leaks;
+pub mod shim;
 pub mod task;
 
 use anyhow::{Context, Result, ensure};

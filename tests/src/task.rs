@@ -21,14 +21,25 @@ impl Task {
     /// Connects to the socket of a sandbox below the state root.
     pub fn connect(root: &Path, sandbox: &str) -> Result<Self> {
         let socket = root.join(sandbox).join("task.sock");
-        let client = Client::connect(&format!("unix://{}", socket.display()))
-            .with_context(|| format!("can't connect to {}", socket.display()))?;
+        Self::at(&format!("unix://{}", socket.display()))
+    }
+
+    /// Connects to the address that a shim's `start` printed.
+    pub fn at(address: &str) -> Result<Self> {
+        let client =
+            Client::connect(address).with_context(|| format!("can't connect to {address}"))?;
         Ok(Self {
             client: TaskClient::new(client),
         })
     }
 
-    fn context() -> ttrpc::context::Context {
+    /// The client itself, for calls that have no method here.
+    pub fn client(&self) -> &TaskClient {
+        &self.client
+    }
+
+    /// A deadline for one call.
+    pub fn context() -> ttrpc::context::Context {
         let nanos = i64::try_from(Duration::from_secs(120).as_nanos()).expect("it fits");
         ttrpc::context::with_timeout(nanos)
     }
@@ -95,6 +106,15 @@ impl Task {
             ..Default::default()
         };
         Ok(self.client.delete(Self::context(), &request)?.exit_status)
+    }
+
+    /// What containerd calls after every delete.
+    pub fn shutdown(&self, id: &str) -> ttrpc::Result<()> {
+        let request = api::ShutdownRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.client.shutdown(Self::context(), &request).map(drop)
     }
 
     pub fn state(&self, id: &str, exec: &str) -> ttrpc::Result<api::StateResponse> {

@@ -41,11 +41,12 @@ const SNIPPETS: [&str; 3] = [
     "containerd-2.toml",
     "runtimeclass.yaml",
 ];
-const DOCUMENTS: [&str; 4] = [
+const DOCUMENTS: [&str; 5] = [
     "README.md",
     "docs/containerd.md",
     "docs/configuration.md",
     "docs/limitations.md",
+    "docs/licences.md",
 ];
 
 /// Builds the product and packs it; the files are in `<target>/dist`.
