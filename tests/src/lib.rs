@@ -9,8 +9,12 @@
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
 
 pub mod bundle;
+pub mod conmon;
 pub mod cri;
 pub mod leaks;
+pub mod oci;
+pub mod podman;
+pub mod schema;
 pub mod shim;
 pub mod task;
 
@@ -18,7 +22,7 @@ use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -313,18 +317,17 @@ pub fn finish_with_input(mut command: Command, input: Vec<u8>) -> Finished {
     }
     let output = wait_with_output(child, &shown).expect("the command ends in time");
     Finished {
-        code: exit_code(&output),
+        code: exit_code(output.status),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         stdout: output.stdout,
     }
 }
 
-fn exit_code(output: &Output) -> i32 {
+fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    output
-        .status
+    status
         .code()
-        .unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0))
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 fn wait_with_output(child: Child, shown: &str) -> Result<Output> {

@@ -43,6 +43,7 @@ const PACKAGES: &[&str] = &[
     "containerd",
     "containernetworking-plugins",
     "podman",
+    "catatonit",
     "conmon",
     "buildah",
     "skopeo",

@@ -28,6 +28,7 @@ const PACKAGES: &[&str] = &[
     // Who calls Coffer.
     "aardvark-dns",
     "buildah",
+    "catatonit",
     "conmon",
     "containerd",
     "containernetworking-plugins",
