@@ -243,6 +243,7 @@ impl Config {
             vcpus: self.vcpus,
             max_vcpus: self.max_vcpus.min(host_cpus()),
             memory_mib: self.memory_mib,
+            overhead_mib: Some(self.memory_overhead_mib),
             kernel: self.kernel(),
             initrd: self.initrd(),
             kernel_params: self.kernel_params.clone(),

@@ -207,6 +207,7 @@ pub(crate) mod tests {
             vcpus: 1,
             max_vcpus: 1,
             memory_mib: 128,
+            overhead_mib: None,
             kernel: "/nonexistent/vmlinux".into(),
             initrd: "/nonexistent/initrd".into(),
             kernel_params: Vec::new(),

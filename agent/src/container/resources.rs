@@ -3,6 +3,8 @@
 //! The spec speaks cgroup v1; where v2 has other units, the conversions are those that runc, crun and the Kubernetes
 //! documentation use, so a pod behaves as it does elsewhere.
 
+use std::fs;
+
 use oci_spec::runtime::{
     LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
 };
@@ -97,12 +99,28 @@ fn apply_cpu(cgroup: &Cgroup, cpu: &LinuxCpu) -> Result<(), Failure> {
     if let Some(burst) = cpu.burst() {
         cgroup.write("cpu.max.burst", &burst.to_string())?;
     }
-    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-        if let Some(value) = value.as_deref().filter(|v| !v.is_empty()) {
+    for (file, value, all) in [
+        ("cpuset.cpus", cpu.cpus(), "/sys/devices/system/cpu/present"),
+        ("cpuset.mems", cpu.mems(), "/sys/devices/system/node/online"),
+    ] {
+        let Some(value) = value.as_deref().filter(|v| !v.is_empty()) else {
+            continue;
+        };
+        let here = fs::read_to_string(all).unwrap_or_default();
+        // Engines count the host's CPUs and memory nodes. Numbers that the guest has not say nothing about it.
+        if highest(value) <= highest(&here).max(Some(0)) {
             cgroup.write(file, value)?;
         }
     }
     Ok(())
+}
+
+/// The highest number of a list such as "0-3,7".
+fn highest(list: &str) -> Option<u32> {
+    let numbers = list.split([',', '-']);
+    numbers
+        .filter_map(|number| number.trim().parse().ok())
+        .max()
 }
 
 /// Shares 2..=262144 onto weights 1..=10000, as runc and Kubernetes do.
@@ -170,7 +188,12 @@ fn apply_hugetlb(cgroup: &Cgroup, huge: &LinuxHugepageLimit) -> Result<(), Failu
     } else {
         huge.limit().to_string()
     };
-    cgroup.write(&format!("hugetlb.{size}.max"), &value)?;
+    let file = format!("hugetlb.{size}.max");
+    if huge.limit() == 0 && !cgroup.has(&file) {
+        // The kubelet forbids every size that its own machine has; this one the guest has not.
+        return Ok(());
+    }
+    cgroup.write(&file, &value)?;
     let reserved = format!("hugetlb.{size}.rsvd.max");
     if cgroup.has(&reserved) {
         cgroup.write(&reserved, &value)
@@ -188,6 +211,19 @@ mod tests {
     fn shares_and_weights_meet_at_both_ends() {
         assert_eq!([2, 1024, 262_144].map(weight_of_shares), [1, 39, 10_000]);
         assert_eq!([10, 1000].map(io_weight), [1, 10_000]);
+    }
+
+    #[test]
+    fn lists_of_cpus_end_somewhere() {
+        let cases = [
+            ("0", Some(0)),
+            ("0-3,7\n", Some(7)),
+            ("4-5,0", Some(5)),
+            ("", None),
+        ];
+        for (list, expected) in cases {
+            assert_eq!(highest(list), expected, "{list:?}");
+        }
     }
 
     #[test]

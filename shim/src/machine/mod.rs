@@ -4,33 +4,40 @@
 //! fails or is killed at, [`crate::cleanup`] finds everything.
 
 pub mod child;
+mod death;
 mod evidence;
 pub mod options;
 mod parts;
+mod phases;
+mod size;
 mod wiring;
 
+pub use death::Death;
 pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
 pub use parts::{BootCause, open_console};
+pub use size::PodSize;
 
 use crate::agent::{Agent, AgentError};
 use crate::cgroup::SandboxCgroup;
 use crate::cleanup;
-use crate::crash;
 use crate::io::Dialer;
 use crate::network::{self, PortForward};
 use crate::share::Share;
-use crate::state::{Clock, Phase, StateFile};
+use crate::spec::CpuNeed;
+use crate::state::StateFile;
 use crate::vmm::{Vmm, VmmError, chain};
 use child::Child;
 use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::ids::ContainerId;
-use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, SHARE_TAG};
+use coffer_proto::limits::SHARE_TAG;
+use death::End;
 use evidence::{Evidence, console_tail};
+use phases::Phases;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 use wiring::Wiring;
@@ -59,6 +66,7 @@ pub struct Pod {
     pub cgroup: Option<String>,
     /// One PID namespace for all containers.
     pub shared_pid_namespace: bool,
+    pub size: PodSize,
     /// Sysctls of the pod's namespaces, by name.
     pub sysctls: HashMap<String, String>,
 }
@@ -87,27 +95,18 @@ pub struct Machine {
     _port_forward: Option<PortForward>,
     /// The host's cgroup of its processes, where they have one.
     cgroup: Option<SandboxCgroup>,
-    online_cpus: Mutex<u8>,
+    cpus: Cpus,
     /// Set when we end the VM ourselves: then its end is no failure, whatever it looks like from outside.
     ending: OnceLock<End>,
 }
 
-/// How the supervisor ends a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// The agent was asked to power off.
-    ShutDown,
-    /// Without the guest.
-    Killed,
-}
-
-impl End {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::ShutDown => "it was shut down",
-            Self::Killed => "it was killed by its supervisor",
-        }
-    }
+/// The CPUs of a VM.
+#[derive(Debug)]
+struct Cpus {
+    /// With which it boots, and which it keeps while a container has no limit.
+    usual: u8,
+    all: u8,
+    online: Mutex<u8>,
 }
 
 /// What ends or wakes the watch over a machine.
@@ -119,23 +118,6 @@ pub enum Notice {
     Gone(Death),
 }
 
-/// Why a machine is gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Death {
-    pub reason: String,
-    /// The host's kernel killed a process of it for want of memory.
-    pub out_of_memory: bool,
-}
-
-impl From<String> for Death {
-    fn from(reason: String) -> Self {
-        Self {
-            reason,
-            out_of_memory: false,
-        }
-    }
-}
-
 /// Boots the machine. On an error everything it had made is gone again.
 ///
 /// The time until the agent has answered is limited by [`Hypervisor::boot_deadline`].
@@ -145,6 +127,7 @@ pub async fn boot(
     state: &StateFile,
 ) -> Result<Machine, BootError> {
     let mut evidence = Evidence::default();
+    let options = &pod.size.apply(options.clone());
     let cause = match assemble(options, pod, state, &mut evidence).await {
         Ok(machine) => return Ok(machine),
         Err(cause) => cause,
@@ -168,10 +151,7 @@ async fn assemble(
     evidence: &mut Evidence,
 ) -> Result<Machine, BootCause> {
     let slowness = options.hypervisor.slowness();
-    let mut phases = Phases {
-        state,
-        start: Instant::now(),
-    };
+    let phases = Phases::new(state);
     let files = parts::BootFiles::open(options)?;
     let dir = options.dir();
     let console = parts::create_console(&dir)?;
@@ -263,7 +243,11 @@ async fn assemble(
         wiring,
         _port_forward: port_forward,
         cgroup,
-        online_cpus: Mutex::new(options.vcpus),
+        cpus: Cpus {
+            usual: options.vcpus,
+            all: options.all_vcpus(),
+            online: Mutex::new(options.vcpus),
+        },
         ending: OnceLock::new(),
     })
 }
@@ -407,9 +391,11 @@ impl Machine {
         u32::try_from(self.vmm.process.id.pid).unwrap_or_default()
     }
 
-    /// Brings this many CPUs of the guest online. Calls come one after the other.
-    pub async fn set_online_cpus(&self, count: u8) -> Result<(), AgentError> {
-        let mut online = self.online_cpus.lock().await;
+    /// Brings as many CPUs of the guest online as its containers need together.
+    pub async fn fit_cpus(&self, needs: Vec<CpuNeed>) -> Result<(), AgentError> {
+        let count = CpuNeed::cpus(needs, self.cpus.usual, self.cpus.all);
+        // Held during the call, so that calls come one after the other.
+        let mut online = self.cpus.online.lock().await;
         if *online != count {
             self.agent.set_online_cpus(count).await?;
             *online = count;
@@ -453,51 +439,6 @@ impl Machine {
                 );
             }
         });
-    }
-}
-
-/// Times of the boot, kept in the state as they pass.
-struct Phases<'a> {
-    state: &'a StateFile,
-    start: Instant,
-}
-
-impl Phases<'_> {
-    fn done(&mut self, name: &str) -> Result<(), BootCause> {
-        let at = self.start.elapsed();
-        tracing::info!(phase = name, at_us = at.as_micros(), "boot");
-        crash::point(&format!("boot.{name}"));
-        Ok(self.state.update(|state| {
-            state.phases.push(Phase {
-                name: name.to_owned(),
-                at,
-                clock: Clock::Host,
-            });
-        })?)
-    }
-
-    fn guest(&mut self, vmm: &Vmm, guest: crate::agent::Guest) -> Result<(), BootCause> {
-        let ready = vmm
-            .phases()
-            .into_iter()
-            .find(|phase| phase.phase == BOOT_PHASE_AGENT_READY);
-        self.done("agent")?;
-        let times = guest.phases.into_iter().map(|(name, at)| Phase {
-            name,
-            at,
-            clock: Clock::Guest,
-        });
-        let ready = ready.map(|phase| Phase {
-            name: "agent ready".into(),
-            at: phase.at,
-            clock: Clock::Hypervisor,
-        });
-        let status = crate::state::Status::Running;
-        Ok(self.state.update(|state| {
-            state.phases.extend(times.chain(ready));
-            state.guest_kernel = Some(guest.kernel_release);
-            state.status = status;
-        })?)
     }
 }
 

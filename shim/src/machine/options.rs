@@ -81,6 +81,9 @@ pub struct SandboxOptions {
     pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// MiB that a VM has above its pod's limit, where the pod decides on the size. None where the sizes above are decided.
+    #[serde(default)]
+    pub overhead_mib: Option<u32>,
     /// Uncompressed `vmlinux` with a PVH note.
     pub kernel: PathBuf,
     /// The initrd that holds the agent.

@@ -6,7 +6,7 @@ use super::rootfs::{self, RootfsMount};
 use super::{Error, OwnNetwork, Sandbox};
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
-use crate::machine::{self, Machine, Pod as PodSpec};
+use crate::machine::{self, Machine, Pod as PodSpec, PodSize};
 use crate::mount_points;
 use crate::parked::{Namespace, Parked};
 use crate::spec::{self, Bundle, GuestSpec};
@@ -85,7 +85,7 @@ impl Sandbox {
         let endpoints = self.open_stdio(&new.stdio, &key).await?;
         let machine = match admission {
             Admission::Boot => {
-                let mut pod = pod_of(&guest);
+                let mut pod = pod_of(&guest, bundle.spec());
                 if wants_network(bundle.spec()) && !self.options().namespace.is_empty() {
                     pod.netns = Some(self.make_network()?);
                 }
@@ -309,7 +309,7 @@ fn wants_network(spec: &Spec) -> bool {
 }
 
 /// The pod of a VM that comes with its first container.
-fn pod_of(guest: &GuestSpec) -> PodSpec {
+fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
     PodSpec {
         hostname: guest.hostname.clone(),
         netns: guest.network_namespace.clone(),
@@ -319,6 +319,7 @@ fn pod_of(guest: &GuestSpec) -> PodSpec {
             .and_then(Path::to_str)
             .filter(|path| path.starts_with('/'))
             .map(str::to_owned),
+        size: PodSize::of(spec),
         ..Default::default()
     }
 }

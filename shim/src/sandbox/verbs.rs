@@ -145,7 +145,7 @@ impl Sandbox {
             .await?;
         if let (Some(machine), false) = (&machine, empty || is_exec) {
             let needs = self.change(|pod| pod.cpu_needs()).await?;
-            if let Err(error) = self.fit_cpus(machine, needs).await {
+            if let Err(error) = machine.fit_cpus(needs).await {
                 tracing::warn!(error = chain(&error), "CPUs that nobody needs stay online");
             }
         }
@@ -238,13 +238,7 @@ impl Sandbox {
             container.cpu = change(container.cpu);
             Ok(pod.cpu_needs())
         });
-        self.fit_cpus(machine, needs.await?).await
-    }
-
-    async fn fit_cpus(&self, machine: &Machine, needs: Vec<CpuNeed>) -> Result<(), Error> {
-        let options = self.options();
-        let count = CpuNeed::cpus(needs, options.vcpus, options.all_vcpus());
-        Ok(machine.set_online_cpus(count).await?)
+        Ok(machine.fit_cpus(needs.await?).await?)
     }
 
     /// The container's figures, from the guest's cgroup.

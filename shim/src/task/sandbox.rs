@@ -4,7 +4,7 @@
 //! as `/proc/<pid of StartSandbox>/ns/…`; in the guest the pod's own take their place, whatever the path.
 
 use super::{TaskService, any, rpc_error, stats, status, timestamp, whole};
-use crate::machine::Pod as PodSpec;
+use crate::machine::{Pod as PodSpec, PodSize};
 use crate::sandbox::Error;
 use crate::sandbox::events::{SandboxDescription, SandboxState};
 use async_trait::async_trait;
@@ -255,6 +255,12 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
         netns,
         cgroup: parent.starts_with('/').then(|| format!("{parent}/{id}")),
         shared_pid_namespace: mode(namespaces.pid) == NamespaceMode::POD,
+        size: PodSize {
+            cpu_period: linux.resources.cpu_period,
+            cpu_quota: linux.resources.cpu_quota,
+            cpu_shares: linux.resources.cpu_shares,
+            memory_limit_in_bytes: linux.resources.memory_limit_in_bytes,
+        },
         sysctls: linux.sysctls,
     })
 }

@@ -87,6 +87,34 @@ pub fn cpu_and_weights(guest: &Guest) -> anyhow::Result<()> {
     Ok(running.container.delete()?)
 }
 
+/// What a kubelet writes on a larger machine: page sizes, CPUs and memory nodes of its own.
+pub fn numbers_of_the_host(guest: &Guest) -> anyhow::Result<()> {
+    let mut running = Draft::new("numbers", "sleep 1000")?
+        .set(
+            "/linux/resources/cpu",
+            json!({"cpus": "60-63", "mems": "0-1"}),
+        )
+        .set(
+            "/linux/resources/hugepageLimits",
+            json!([{"pageSize": "2MB", "limit": 0}, {"pageSize": "16GB", "limit": 0}]),
+        )
+        .create()?;
+    same(
+        "cpuset.cpus",
+        file("numbers", "cpuset.cpus")?,
+        String::new(),
+    )?;
+    running.kill_and_delete(guest)?;
+    let refused = Draft::new("numbers", "true")?
+        .set(
+            "/linux/resources/hugepageLimits",
+            json!([{"pageSize": "16GB", "limit": 1_i64 << 34}]),
+        )
+        .refused()?;
+    ensure!(refused.contains("hugetlb.16GB"), "{refused}");
+    Ok(())
+}
+
 pub fn unified(guest: &Guest) -> anyhow::Result<()> {
     let draft = Draft::new("unified", "sleep 1000")?.set(
         "/linux/resources/unified",

@@ -32,6 +32,6 @@ cases! {
     identity: capabilities, no_capabilities, ambient_capabilities, user_and_groups, home_and_environment,
         no_new_privileges, seccomp_errno, seccomp_without_no_new_privs, seccomp_kill, seccomp_arguments, seccomp_and_new_system_calls,
         rlimits, scheduling, oom_score, personality;
-    limits: memory_limit, pids_limit, cpu_and_weights, unified, update, device_rules, update_of_device_rules,
+    limits: memory_limit, pids_limit, cpu_and_weights, numbers_of_the_host, unified, update, device_rules, update_of_device_rules,
         statistics, nested_cgroups;
 }
