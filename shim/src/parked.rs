@@ -46,6 +46,7 @@ impl Parked {
         ];
         // SAFETY: the child only makes system calls, which need no lock that another thread could hold.
         let pid = match Errno::result(unsafe { libc::fork() })? {
+            // SAFETY: this is the child of the fork.
             0 => unsafe { park(fds, namespace) },
             pid => Pid::from_raw(pid),
         };

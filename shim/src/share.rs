@@ -78,7 +78,7 @@ impl Share {
             &share.points(),
             open(&share.points())?.as_fd(),
             &share.served(),
-            attributes,
+            &attributes,
             false,
         )?;
         Ok(share)
@@ -167,7 +167,7 @@ impl Share {
             source,
             opened.as_fd(),
             &self.served().join(&within),
-            attributes,
+            &attributes,
             kind.is_dir(),
         )?;
         Ok(format!("{SHARE_DIR}/{}", within.display()))
@@ -236,7 +236,7 @@ fn mount(
     source_path: &Path,
     source: BorrowedFd<'_>,
     target: &Path,
-    attributes: Attributes,
+    attributes: &Attributes,
     recursive: bool,
 ) -> Result<(), ShareError> {
     let fail = |source| ShareError::Mount {

@@ -383,3 +383,40 @@ fn containers_of_a_pod_run_in_one_vm() {
     assert_eq!(containerd.status("pod"), "RUNNING");
     containerd.remove("pod");
 }
+
+/// As an ephemeral container does that the kubelet runs with a target: it is named by its task's pid.
+#[test]
+fn a_container_joins_the_processes_of_the_one_whose_pid_it_names() {
+    let test = Test::new("ctrpid");
+    let containerd = Containerd::start(&test);
+    let sandbox = "io.kubernetes.cri.container-type=sandbox";
+    let container = "io.kubernetes.cri.container-type=container";
+    let of = |kind| {
+        let pod = "io.kubernetes.cri.sandbox-id=pod";
+        ["--annotation", kind, "--annotation", pod]
+    };
+    containerd.run_detached(&of(sandbox), "pod", &["sleep", "600"]);
+    containerd.run_detached(&of(container), "one", &["sleep", "601"]);
+    containerd.run_detached(&of(container), "two", &["sleep", "602"]);
+    let pid = |id: &str| {
+        let list = containerd.ok(&["tasks", "ls"]);
+        let line = list
+            .lines()
+            .find(|line| line.starts_with(&format!("{id} ")));
+        let pid = line.and_then(|line| line.split_whitespace().nth(1));
+        pid.unwrap_or_else(|| panic!("{id} is not in {list}"))
+            .to_owned()
+    };
+    for (target, argument) in [("one", "601"), ("two", "602"), ("pod", "600")] {
+        let namespace = format!("pid:/proc/{}/ns/pid", pid(target));
+        let run = [
+            &["run", "--rm", "--runtime", RUNTIME, "--with-ns", &namespace],
+            &of(container)[..],
+            &[IMAGE, "debugger", "cat", "/proc/1/cmdline"],
+        ];
+        assert_eq!(containerd.ok(&run.concat()), format!("sleep\0{argument}\0"));
+    }
+    for id in ["one", "two", "pod"] {
+        containerd.remove(id);
+    }
+}

@@ -40,7 +40,7 @@ mod validate;
 mod wire;
 
 use std::fs;
-use std::io::{self, ErrorKind, Write};
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -63,6 +63,7 @@ use cgroup::{CGROUP_ROOT, Cgroup};
 use failure::{Failure, at};
 use wire::{ExecTask, FdName, Report, Task, Work};
 
+pub use namespaces::SharedNamespaces;
 pub use validate::parse;
 
 /// `argv[0]` of the stage.
@@ -83,30 +84,6 @@ pub enum ChildStdio {
     /// A new pseudo-terminal of the container's own devpts, of this size, or of the process's `consoleSize` where both
     /// are 0; its master comes back in [`Started`].
     Terminal { rows: u16, columns: u16 },
-}
-
-/// Namespaces that the containers of the pod have in common.
-#[derive(Debug, Default)]
-pub struct SharedNamespaces {
-    /// `None` is the agent's own, here and in the next two.
-    pub ipc: Option<OwnedFd>,
-    pub uts: Option<OwnedFd>,
-    pub net: Option<OwnedFd>,
-    /// A PID namespace, or a process that is in it. `None` gives every container one of its own.
-    pub pid: Option<OwnedFd>,
-}
-
-impl SharedNamespaces {
-    /// The same, with the PID namespace of a process.
-    fn with_pid_of(&self, process: BorrowedFd<'_>) -> io::Result<Self> {
-        let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
-        Ok(Self {
-            ipc: copy(&self.ipc)?,
-            uts: copy(&self.uts)?,
-            net: copy(&self.net)?,
-            pid: Some(process.try_clone_to_owned()?),
-        })
-    }
 }
 
 /// Why a container operation failed.

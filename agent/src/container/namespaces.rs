@@ -1,7 +1,8 @@
 //! Which namespaces a container has of its own, which it shares with its pod, and what is written about them.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -10,6 +11,30 @@ use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, Spec};
 
 use super::failure::{Failure, at};
 use super::wire::{FdName, Fds};
+
+/// Namespaces that the containers of the pod have in common.
+#[derive(Debug, Default)]
+pub struct SharedNamespaces {
+    /// `None` is the agent's own, here and in the next two.
+    pub ipc: Option<OwnedFd>,
+    pub uts: Option<OwnedFd>,
+    pub net: Option<OwnedFd>,
+    /// A PID namespace, or a process that is in it. `None` gives every container one of its own.
+    pub pid: Option<OwnedFd>,
+}
+
+impl SharedNamespaces {
+    /// The same, with the PID namespace of a process.
+    pub fn with_pid_of(&self, process: BorrowedFd<'_>) -> io::Result<Self> {
+        let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Self {
+            ipc: copy(&self.ipc)?,
+            uts: copy(&self.uts)?,
+            net: copy(&self.net)?,
+            pid: Some(process.try_clone_to_owned()?),
+        })
+    }
+}
 
 /// What kind of namespaces a container gets.
 #[derive(Debug, Clone, Copy)]

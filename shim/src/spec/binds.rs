@@ -5,7 +5,7 @@ use crate::share::IdMap;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{Linux, Mount, Spec};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -105,8 +105,8 @@ pub(super) fn user_mappings(spec: &Spec) -> IdMap {
     let linux = spec.linux().as_ref();
     let of = |list: Option<&Option<Vec<_>>>| list.cloned().flatten().unwrap_or_default();
     IdMap {
-        uids: of(linux.map(|linux| linux.uid_mappings())),
-        gids: of(linux.map(|linux| linux.gid_mappings())),
+        uids: of(linux.map(Linux::uid_mappings)),
+        gids: of(linux.map(Linux::gid_mappings)),
         recursive: false,
     }
 }
