@@ -14,6 +14,7 @@
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
+//! - [`hooks`]: programs of the host that a container's spec names.
 //! - [`image`]: container images on disk.
 //! - [`crash`]: where a test build may be told to die.
 //! - [`features`](mod@features): what of an OCI spec is honoured, as told to callers.
@@ -29,6 +30,7 @@ pub mod config;
 pub mod containerd;
 pub mod crash;
 pub mod features;
+pub mod hooks;
 pub mod image;
 pub mod io;
 pub mod machine;

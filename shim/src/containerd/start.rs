@@ -21,7 +21,8 @@ use crate::sandbox::process::VM_DIED;
 use crate::state::{ExitRecord, State};
 use crate::supervise::{SuperviseError, supervise};
 use coffer_proto::ids::{ContainerId, InvalidId, SandboxId};
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
+use containerd_shim_protos::{Client, TaskClient};
 use protobuf::Message;
 use protobuf::well_known_types::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -32,12 +33,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The hidden first word with which this binary starts itself as the supervisor.
 pub const SUPERVISE: &str = "supervise";
 /// The file of the bundle with the supervisor's address.
 const ADDRESS: &str = "address";
+/// For an answer that needs no guest; containerd gives `delete` five seconds.
+const ANSWER: Duration = Duration::from_secs(2);
 /// Longest answer of a supervisor that could not start.
 const MAX_ANSWER: u64 = 16 << 10;
 
@@ -141,10 +144,28 @@ fn cleanup_after_a_crash(root: &Path, id: &SandboxId, socket: &Path) -> Result<(
     let Some(state) = State::load(root, id).map_err(CleanupError::from)? else {
         return Ok(());
     };
-    if state.supervisor.is_alive() || UnixStream::connect(socket).is_ok() {
+    if state.supervisor.is_alive() && answers(socket) {
         return Ok(());
     }
     Ok(cleanup::cleanup(root, id)?)
+}
+
+/// Whether a supervisor serves there. One that was killed a moment ago still accepts connections until the kernel has
+/// taken it apart, but it breaks them; one that only takes its time counts as alive, for its pod may be.
+fn answers(socket: &Path) -> bool {
+    if UnixStream::connect(socket).is_err() {
+        return false;
+    }
+    let Ok(client) = Client::connect(&format!("unix://{}", socket.display())) else {
+        return false;
+    };
+    let deadline = i64::try_from(ANSWER.as_nanos()).unwrap_or(i64::MAX);
+    let (since, nobody) = (Instant::now(), ConnectRequest::new());
+    match TaskClient::new(client).connect(ttrpc::context::with_timeout(deadline), &nobody) {
+        // A refusal is an answer too.
+        Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => true,
+        Err(_) => since.elapsed() >= ANSWER,
+    }
 }
 
 fn spawn_supervisor(bundle: &Path, order: &Order) -> Result<String, StartError> {
@@ -254,8 +275,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, StartError> {
         }
     };
     let state = State::load(&root, &id).map_err(CleanupError::from)?;
-    let alive = UnixStream::connect(task_socket(&root, &id)).is_ok();
-    if !alive {
+    if !answers(&task_socket(&root, &id)) {
         cleanup::cleanup(&root, &id)?;
     }
     cleanup::unmount(&bundle.join("rootfs"))?;

@@ -1,5 +1,6 @@
 //! Recipes that bring something into being: the VM with its first container, further containers, execs.
 
+use super::host_hooks::ContainerHooks;
 use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
@@ -81,7 +82,7 @@ impl Sandbox {
         }
         crash::point("create.mounted");
         let bundle = self.load(&new)?;
-        let guest = bundle.for_guest(&new.id)?;
+        let mut guest = bundle.for_guest(&new.id)?;
         let endpoints = self.open_stdio(&new.stdio, &key).await?;
         let machine = match admission {
             Admission::Boot => {
@@ -94,6 +95,7 @@ impl Sandbox {
             Admission::Join => self.machine().await?,
         };
         share(&machine, &new.id, &guest)?;
+        let hooks = std::mem::take(&mut guest.host_hooks);
         crash::point("create.shared");
         let beside = match &guest.pid_namespace {
             Some(path) => self.container_in(path, &new.id).await?,
@@ -109,6 +111,11 @@ impl Sandbox {
             .await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
         let (created, stand) = (key.clone(), self.process_for(admission)?);
+        let pid = stand
+            .as_ref()
+            .map_or_else(|| self.pod_pid(&machine), Parked::pid);
+        let hooks = ContainerHooks::new(&new, &bundle, hooks, pid);
+        self.run_create_hooks(&new.id, hooks).await?;
         let pid = self.apply(move |pod| {
             if let Some(stand) = stand {
                 pod.stand(&created.container, stand)?;
@@ -219,11 +226,16 @@ impl Sandbox {
         Ok(path)
     }
 
+    /// The host's pid that stands for the pod.
+    fn pod_pid(&self, machine: &Machine) -> u32 {
+        let own = self.shared.own_network.get();
+        own.map_or_else(|| machine.host_pid(), |own| own.process.pid())
+    }
+
     /// Boots the VM.
     pub(super) async fn boot(&self, pod: PodSpec) -> Result<Arc<Machine>, Error> {
         let machine = Arc::new(machine::boot(self.options(), &pod, &self.shared.state).await?);
-        let own = self.shared.own_network.get();
-        let pid = own.map_or_else(|| machine.host_pid(), |own| own.process.pid());
+        let pid = self.pod_pid(&machine);
         self.shared.machine.send_replace(Some(machine.clone()));
         let stopped = self.apply(move |pod| {
             pod.booted(pid);

@@ -4,6 +4,7 @@ use super::process::{ProcessKey, ProcessState};
 use super::rootfs::RootfsError;
 use crate::agent::AgentError;
 use crate::cleanup::CleanupError;
+use crate::hooks::HookError;
 use crate::io::StdioError;
 use crate::machine::{BootCause, BootError};
 use crate::mount_points::MountPointError;
@@ -58,6 +59,8 @@ pub enum Error {
     StandIn(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     #[error(transparent)]
     Network(BootCause),
     #[error(transparent)]

@@ -19,6 +19,7 @@ pub mod create;
 mod end;
 pub mod error;
 pub mod events;
+mod host_hooks;
 mod loop_device;
 pub mod pod;
 pub mod process;
@@ -33,9 +34,11 @@ use crate::parked::Parked;
 use crate::state::StateFile;
 use coffer_proto::ids::ContainerId;
 use events::{SandboxState, TaskEvent};
+use host_hooks::ContainerHooks;
 use pod::Pod;
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -66,6 +69,8 @@ struct Shared {
     /// Follows the pod's state, for those who wait for a change.
     status: watch::Sender<SandboxState>,
     own_network: OnceLock<OwnNetwork>,
+    /// What is to run on the host when a container has started and ended.
+    hooks: Mutex<BTreeMap<ContainerId, Arc<ContainerHooks>>>,
 }
 
 /// The pod's network namespace where nobody made one before the pod.
@@ -110,6 +115,7 @@ impl Sandbox {
                 machine,
                 status,
                 own_network: OnceLock::new(),
+                hooks: Mutex::default(),
             }),
         }
     }

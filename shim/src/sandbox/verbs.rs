@@ -40,7 +40,12 @@ impl Sandbox {
         if key.exec.is_some() {
             self.watch_process(&machine, key.clone());
         }
-        self.apply(move |pod| pod.started(&key)).await
+        let started = key.clone();
+        let pid = self.apply(move |pod| pod.started(&started)).await?;
+        if key.exec.is_none() {
+            self.run_poststart_hooks(&key.container).await;
+        }
+        Ok(pid)
     }
 
     async fn start_failed(&self, key: ProcessKey, error: Error) -> Error {
@@ -148,6 +153,9 @@ impl Sandbox {
             if let Err(error) = machine.fit_cpus(needs).await {
                 tracing::warn!(error = chain(&error), "CPUs that nobody needs stay online");
             }
+        }
+        if !is_exec {
+            self.run_poststop_hooks(&key.container).await;
         }
         if empty && !is_exec {
             let sandbox = self.clone();
