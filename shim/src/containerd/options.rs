@@ -38,10 +38,9 @@ pub fn config(options: Option<&Any>) -> Result<Config, OptionsError> {
         .next()
         .unwrap_or(&options.type_url);
     if name == RUNC {
-        return if options.value.is_empty() {
-            Ok(Config::load(None)?)
-        } else {
-            Err(OptionsError::Runc)
+        return match RuncOptions::parse(&options.value).map_err(OptionsError::Parse)? {
+            RuncOptions { others: false, .. } => Ok(Config::load(None)?),
+            RuncOptions { others: true, .. } => Err(OptionsError::Runc),
         };
     }
     if !name.ends_with(OURS) {
@@ -56,6 +55,39 @@ pub fn config(options: Option<&Any>) -> Result<Config, OptionsError> {
         return Ok(Config::parse(Path::new(BODY), &body)?);
     }
     Ok(Config::load(None)?)
+}
+
+/// The Task API of the sandbox that a container joins. containerd 2 tells it, for pods of the Sandbox API, in options of runc's,
+/// whatever the runtime is.
+pub fn sandbox_address(options: Option<&Any>) -> Option<String> {
+    let options = options.filter(|any| any.type_url.ends_with(RUNC))?;
+    let address = RuncOptions::parse(&options.value).ok()?.task_api_address;
+    (!address.is_empty()).then_some(address)
+}
+
+/// `containerd.runc.v1.Options`: task_api_address = 12, task_api_version = 13, and what is meant for runc.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct RuncOptions {
+    task_api_address: String,
+    others: bool,
+}
+
+impl RuncOptions {
+    fn parse(bytes: &[u8]) -> protobuf::Result<Self> {
+        let mut options = Self::default();
+        let mut stream = CodedInputStream::from_bytes(bytes);
+        while let Some(tag) = stream.read_raw_tag_or_eof()? {
+            match tag {
+                0x62 => options.task_api_address = stream.read_string()?,
+                0x68 => drop(stream.read_uint32()?),
+                _ => {
+                    options.others = true;
+                    rt::skip_field_for_tag(tag, &mut stream)?;
+                }
+            }
+        }
+        Ok(options)
+    }
 }
 
 /// `runtimeoptions.v1.Options`: type_url = 1, config_path = 2, config_body = 3.
@@ -127,5 +159,14 @@ mod tests {
     #[test]
     fn empty_options_of_runc_are_no_options() {
         assert!(config(Some(&any(RUNC, b""))).is_ok());
+    }
+
+    #[test]
+    fn options_of_runc_may_tell_the_sandbox_of_a_container() {
+        let joins = any(RUNC, b"\x62\x05unix:\x68\x02");
+        assert_eq!(sandbox_address(Some(&joins)).as_deref(), Some("unix:"));
+        assert!(config(Some(&joins)).is_ok());
+        assert_eq!(sandbox_address(Some(&any(RUNC, b"\x30\x01"))), None);
+        assert_eq!(sandbox_address(Some(&any(OURS, b"\x62\x01x"))), None);
     }
 }

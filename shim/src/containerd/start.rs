@@ -86,10 +86,14 @@ pub struct Order {
 /// `start`, run in the bundle: gives the bytes to print.
 pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, StartError> {
     let input = Input::read(args, stdin, ttrpc_address)?;
+    let bundle = Path::new(".");
+    if let Some(address) = options::sandbox_address(input.options.as_ref()) {
+        write_address(bundle, &address)?;
+        return Ok(bootstrap::answer(input.dialect, &address));
+    }
     let mut config = options::config(input.options.as_ref())?;
     config.root = namespace_root(&config.root, &args.namespace)?;
     config.debug |= args.debug || input.debug;
-    let bundle = Path::new(".");
     let id = sandbox_of(bundle, &args.id)?;
     let socket = task_socket(&config.root, &id);
     if id.as_str() != args.id && UnixStream::connect(&socket).is_ok() {
