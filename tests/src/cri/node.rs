@@ -11,12 +11,17 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 
 /// busybox, with no entry point of its own.
 pub const IMAGE: &str = "docker.io/library/busybox:test";
 /// busybox as the pod's first process: reaps, and ends on SIGTERM.
 const PAUSE_IMAGE: &str = "docker.io/library/pause:test";
 const PAUSE: &str = "trap exit TERM INT; while :; do sleep 3600 & wait; done";
+/// The handler whose pods are sandboxes of the Sandbox API, with no pause container.
+pub const WITHOUT_PAUSE: &str = "coffer-without-pause";
+/// Part of PATH with the containerd of Debian's development branch, which only the test node has.
+const NEXT: &str = "/opt/containerd-next/usr/bin:";
 /// Where Debian's package puts the CNI plugins.
 const CNI_PLUGINS: &str = "/usr/lib/cni";
 /// The bridge's address, as pods see it.
@@ -31,25 +36,37 @@ const NAMESPACE: &str = "k8s.io";
 pub struct Node<'t> {
     pub test: &'t Test,
     pub cri: Client,
-    daemon: Option<Child>,
+    daemon: Mutex<Option<Child>>,
+    /// What goes before PATH for containerd and its shims, with a colon at its end.
+    programs: &'static str,
     /// Name of the test's parent cgroup.
     pub cgroup: String,
 }
 
 impl<'t> Node<'t> {
     pub fn start(test: &'t Test) -> Self {
-        Self::with_handlers(test, &[])
+        Self::make(test, "", &[])
+    }
+
+    /// A node with the next major version of containerd, and the handler [`WITHOUT_PAUSE`]. Only the test node has it.
+    pub fn next(test: &'t Test) -> Self {
+        Self::make(test, NEXT, &[])
     }
 
     /// A node with further handlers of Coffer's: each a name and a `coffer.toml`.
     pub fn with_handlers(test: &'t Test, handlers: &[(&str, &str)]) -> Self {
+        Self::make(test, "", handlers)
+    }
+
+    fn make(test: &'t Test, programs: &'static str, handlers: &[(&str, &str)]) -> Self {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .expect("root may have a network namespace");
         host("ip", &["link", "set", "lo", "up"]).expect("ip is installed");
-        let mut node = Self {
+        let node = Self {
             test,
             cri: Client::new(&test.dir().join("containerd.sock")),
-            daemon: None,
+            daemon: Mutex::new(None),
+            programs,
             cgroup: test.id(),
         };
         node.configure(handlers).expect("scratch is ours");
@@ -83,6 +100,9 @@ impl<'t> Node<'t> {
         });
         fs::write(cni.join("10-pods.conflist"), list.to_string())?;
         let mut toml = self.toml() + &handler("coffer", None);
+        if self.programs == NEXT {
+            toml = toml + &handler(WITHOUT_PAUSE, None) + "sandboxer = \"shim\"\n";
+        }
         for (name, config) in handlers {
             let file = self.path(&format!("{name}.toml"));
             fs::write(&file, config)?;
@@ -105,25 +125,21 @@ impl<'t> Node<'t> {
     }
 
     /// Starts containerd and waits until its CRI plugin says that it is ready.
-    pub fn launch(&mut self) {
-        let path = format!(
-            "{}:{}",
-            product("").display(),
-            std::env::var("PATH").unwrap_or_default()
-        );
+    pub fn launch(&self) {
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(self.path("log"))
             .expect("scratch is ours");
-        let mut command = Command::new("containerd");
-        command.arg("-c").arg(self.path("toml")).env("PATH", path);
+        let mut command = self.program("containerd");
+        command.arg("-c").arg(self.path("toml"));
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file can be duplicated"))
             .stderr(log);
         let daemon = command.spawn();
-        self.daemon = Some(daemon.expect("containerd is installed; run `cargo xtask setup`"));
+        let daemon = daemon.expect("containerd is installed; run `cargo xtask setup`");
+        *self.daemon.lock().expect("no panic under the lock") = Some(daemon);
         wait_for("containerd's CRI plugin", || {
             self.cri.call("Status", &json!({})).is_ok_and(|status| {
                 let conditions = status["status"]["conditions"].as_array();
@@ -132,11 +148,24 @@ impl<'t> Node<'t> {
         });
     }
 
+    /// A program of containerd's, with the product's shim in its PATH.
+    fn program(&self, name: &str) -> Command {
+        let product = product("");
+        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}{}:{path}", self.programs, product.display());
+        // env(1) looks it up in the PATH that it sets.
+        let mut command = Command::new("env");
+        command.arg(format!("PATH={path}")).arg(name);
+        command
+    }
+
     /// SIGKILL, as the OOM killer would.
-    pub fn kill(&mut self) {
-        let mut daemon = self.daemon.take().expect("containerd runs");
-        daemon.kill().expect("it is our child");
-        daemon.wait().expect("it is our child");
+    pub fn kill(&self) {
+        let mut daemon = self.daemon.lock().expect("no panic under the lock");
+        if let Some(mut daemon) = daemon.take() {
+            daemon.kill().expect("it is our child");
+            daemon.wait().expect("it is our child");
+        }
     }
 
     /// Imports the busybox image, and the same as a pause image, from one archive.
@@ -147,7 +176,7 @@ impl<'t> Node<'t> {
         let (from, to) = (layout.to_str().context("UTF-8")?, archive.to_str());
         let to = to.context("UTF-8")?;
         host("tar", &["-C", from, "-cf", to, "."])?;
-        let mut ctr = Command::new("ctr");
+        let mut ctr = self.program("ctr");
         ctr.arg("-a").arg(self.path("sock"));
         ctr.args(["-n", NAMESPACE, "images", "import", to]);
         let done = finish(ctr);
@@ -248,10 +277,7 @@ impl Drop for Node<'_> {
         } else {
             wait_for("the supervisors to end", || Self::supervisors().is_empty());
         }
-        if let Some(daemon) = &mut self.daemon {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
+        self.kill();
         // The pods' parent cgroup is the kubelet's, that is ours.
         for hierarchy in fs::read_dir("/sys/fs/cgroup")
             .into_iter()

@@ -251,7 +251,7 @@ impl Container<'_> {
     }
 
     /// Changes `linux` resources in place.
-    pub fn update(&self, resources: Value) {
+    pub fn update(&self, resources: &Value) {
         self.call(
             "UpdateContainerResources",
             &json!({"container_id": self.id, "linux": resources}),

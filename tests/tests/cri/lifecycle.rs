@@ -3,19 +3,17 @@
 use crate::{APP, COFFER};
 use coffer_tests::cri::stream::{RESIZE, STDIN, STDOUT};
 use coffer_tests::cri::{Node, grpc, pod};
-use coffer_tests::{Test, wait_for};
+use coffer_tests::wait_for;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 
-#[test]
-fn a_pod_of_several_containers() {
-    let test = Test::new("cripod");
-    let node = Node::start(&test);
+/// Namespaces, init container, restart in place, grace, and a pod that outlives its containers.
+pub fn several_containers(node: &Node<'_>, handler: &str) {
     let dns = json!({"servers": ["192.0.2.53"], "searches": ["pods.test"], "options": ["ndots:5"]});
     let config = json!({"dns_config": dns});
-    let pod = node.pod(COFFER, "several", config.clone());
+    let pod = node.pod(handler, "several", config.clone());
     assert_eq!(pod.status()["state"], "SANDBOX_READY");
 
     let init = pod.sh("init", "hostname; echo to stderr >&2; exit 0", json!({}));
@@ -86,10 +84,7 @@ fn a_pod_of_several_containers() {
     );
 }
 
-#[test]
-fn exec_attach_and_stats() {
-    let test = Test::new("criexec");
-    let node = Node::start(&test);
+pub fn exec_attach_and_stats(node: &Node<'_>) {
     let pod = node.pod(COFFER, "streams", json!({}));
     let app = pod.sh(
         "app",
@@ -161,4 +156,54 @@ fn exec_attach_and_stats() {
     let containers = of_pod["linux"]["containers"].as_array().unwrap();
     assert_eq!(containers.len(), 1, "{of_pod}");
     assert_eq!(containers[0]["attributes"]["id"], *app.id);
+}
+
+pub fn restart_of_containerd(node: &Node<'_>) {
+    let pod = node.pod(COFFER, "stays", json!({}));
+    let talks = "i=0; while :; do i=$((i + 1)); echo $i; sleep 1; done";
+    let (talker, ends) = (
+        pod.sh("talker", talks, json!({})),
+        pod.sh("ends", "sleep 5; exit 9", json!({})),
+    );
+    node.kill();
+    std::thread::sleep(Duration::from_secs(7));
+    node.launch();
+    assert_eq!(pod.status()["state"], "SANDBOX_READY");
+    assert_eq!(ends.wait().0, 9);
+    assert_eq!(talker.sh("echo still here"), "still here");
+    let lines = talker.logged("stdout").len();
+    wait_for("more of its log", || talker.logged("stdout").len() > lines);
+    let log = talker.logged("stdout");
+    let counted: Vec<_> = (1..=log.len()).map(|i| i.to_string()).collect();
+    assert_eq!(log, counted, "lines were lost");
+}
+
+pub fn shared_pid_namespace(node: &Node<'_>) {
+    let shared = json!({"linux": {"security_context": {"namespace_options": {"pid": "POD"}}}});
+    let pod = node.pod(COFFER, "pids", shared.clone());
+    let one = pod.sh(
+        "one",
+        "trap 'exit 9' USR1; while :; do sleep 1; done",
+        shared.clone(),
+    );
+    let two = pod.sh("two", "sleep 2345", shared);
+    assert!(one.sh("ps").contains("sleep 2345"));
+    assert_ne!(
+        one.sh("cat /proc/1/cmdline"),
+        "",
+        "the pause process is PID 1"
+    );
+    two.sh("kill -USR1 $(ps | awk '/[e]xit 9/ {print $1}')");
+    assert_eq!(one.wait().0, 9);
+    assert_eq!(two.status()["state"], "CONTAINER_RUNNING");
+
+    // An ephemeral container in the PID namespace of one container, as `kubectl debug --target` makes it.
+    let lone = node.pod(COFFER, "target", json!({}));
+    let app = lone.sh("app", "sleep 3456", json!({}));
+    let target = json!({"pid": "TARGET", "target_id": app.id});
+    let target = json!({"linux": {"security_context": {"namespace_options": target}}});
+    let debug = lone.sh("debug", APP, target);
+    assert!(debug.sh("ps").contains("sleep 3456"));
+    let _other = lone.sh("other", "sleep 4567", json!({}));
+    assert!(!debug.sh("ps").contains("sleep 4567"));
 }

@@ -2,8 +2,9 @@
 
 use crate::COFFER;
 use coffer_tests::cri::node::GATEWAY;
+use coffer_tests::cri::stream::STDIN;
 use coffer_tests::cri::{Node, pod};
-use coffer_tests::{Test, wait_for};
+use coffer_tests::wait_for;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -22,10 +23,7 @@ fn echo(address: &str) -> std::io::Result<String> {
     Ok(answer)
 }
 
-#[test]
-fn pods_on_a_bridge() {
-    let test = Test::new("crinet");
-    let node = Node::start(&test);
+pub fn pods_on_a_bridge(node: &Node<'_>) {
     let mapping = json!([{"protocol": "TCP", "container_port": 7777, "host_port": 8077}]);
     let one = node.pod(COFFER, "one", json!({"port_mappings": mapping}));
     let server = one.sh("server", ECHO, json!({}));
@@ -76,4 +74,13 @@ fn pods_on_a_bridge() {
         let message = pod::refusal(node.try_pod(COFFER, "host", of_host));
         assert!(message.contains(name), "{message}");
     }
+}
+
+pub fn port_forward(node: &Node<'_>) {
+    let pod = node.pod(COFFER, "forward", json!({}));
+    let server = pod.sh("server", "nc -ll -p 7777 -e cat", json!({}));
+    server.sh("until netstat -ltn | grep -q :7777; do sleep 0.2; done");
+    let mut stream = pod.forward(7777);
+    stream.send(STDIN, b"through the loopback").unwrap();
+    stream.read_until(STDIN, "through the loopback").unwrap();
 }

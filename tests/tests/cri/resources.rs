@@ -11,10 +11,7 @@ fn memory(bytes: u64) -> Value {
     json!({"linux": {"resources": {"memory_limit_in_bytes": bytes.to_string()}}})
 }
 
-#[test]
-fn limits_and_their_change() {
-    let test = Test::new("crilimit");
-    let node = Node::start(&test);
+pub fn limits_and_their_change(node: &Node<'_>) {
     let pod = node.pod(COFFER, "limits", json!({}));
     let hungry = pod.sh("hungry", "tail /dev/zero", memory(24 * MIB));
     assert_eq!(hungry.wait(), (137, "OOMKilled".into()));
@@ -26,7 +23,7 @@ fn limits_and_their_change() {
     let app = pod.sh("app", APP, memory(64 * MIB));
     let files = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight";
     assert_eq!(app.sh(files), format!("{}\nmax 100000\n100", 64 * MIB));
-    app.update(json!({
+    app.update(&json!({
         "memory_limit_in_bytes": (96 * MIB).to_string(),
         "cpu_period": "100000", "cpu_quota": "50000", "cpu_shares": "512",
     }));
@@ -34,17 +31,26 @@ fn limits_and_their_change() {
     assert_eq!(app.status()["state"], "CONTAINER_RUNNING");
 }
 
+/// Handlers with a configuration that is wrong, and the word of it that an error must name.
+const WRONG: [(&str, &str, &str); 3] = [
+    ("wrong-type", "vcpus = \"many\"", "vcpus"),
+    ("unknown-key", "vpcus = 2", "vpcus"),
+    (
+        "no-image",
+        "initrd = \"/nowhere/initrd\"",
+        "/nowhere/initrd",
+    ),
+];
+
 #[test]
 fn a_wrong_configuration_is_named() {
     let test = Test::new("criwrong");
-    let handlers = [
-        ("wrong-type", "vcpus = \"many\""),
-        ("unknown-key", "vpcus = 2"),
-        ("no-image", "initrd = \"/nowhere/initrd\""),
-    ];
-    let node = Node::with_handlers(&test, &handlers);
-    for ((handler, _), named) in handlers.iter().zip(["vcpus", "vpcus", "/nowhere/initrd"]) {
+    let node = Node::with_handlers(&test, &WRONG.map(|(name, config, _)| (name, config)));
+    for (handler, _, named) in WRONG {
         let message = pod::refusal(node.try_pod(handler, "wrong", json!({})));
         assert!(message.contains(named), "{message}");
     }
+    let annotated = json!({"annotations": {"io.coffer.no-such-thing": "1"}});
+    let message = pod::refusal(node.try_pod(COFFER, "wrong", annotated));
+    assert!(message.contains("io.coffer.no-such-thing"), "{message}");
 }

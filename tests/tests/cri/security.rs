@@ -1,18 +1,14 @@
 //! The security context of pods and containers, as the processes see it.
 
 use crate::{APP, COFFER};
-use coffer_tests::Test;
 use coffer_tests::cri::Node;
 use serde_json::{Value, json};
 
-fn context(context: Value) -> Value {
+fn context(context: &Value) -> Value {
     json!({"linux": {"security_context": context}})
 }
 
-#[test]
-fn security_contexts() {
-    let test = Test::new("crisec");
-    let node = Node::start(&test);
+pub fn security_contexts(node: &Node<'_>) {
     let sysctls =
         json!({"net.ipv4.ip_unprivileged_port_start": "81", "kernel.shm_rmid_forced": "1"});
     let pod = node.pod(COFFER, "secure", json!({"linux": {"sysctls": sysctls}}));
@@ -22,7 +18,7 @@ fn security_contexts() {
     let user = pod.sh(
         "user",
         APP,
-        context(json!({
+        context(&json!({
             "run_as_user": {"value": "1000"}, "run_as_group": {"value": "1234"},
             "supplemental_groups": ["3000", "4000"],
             "readonly_rootfs": true, "no_new_privs": true,
@@ -55,7 +51,7 @@ fn security_contexts() {
     let plain = pod.sh(
         "plain",
         APP,
-        context(json!({"capabilities": {"add_capabilities": ["SYS_TIME"], "drop_capabilities": ["CHOWN"]}})),
+        context(&json!({"capabilities": {"add_capabilities": ["SYS_TIME"], "drop_capabilities": ["CHOWN"]}})),
     );
     // containerd's default set, without CAP_CHOWN, with CAP_SYS_TIME.
     assert_eq!(plain.sh(&field("CapEff")), "00000000aa0425fa");
@@ -67,7 +63,7 @@ fn security_contexts() {
         "RuntimeDefault forbids it"
     );
 
-    let custom = test.dir().join("profile.json");
+    let custom = node.test.dir().join("profile.json");
     let profile = json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "architectures": ["SCMP_ARCH_X86_64"],
@@ -75,7 +71,7 @@ fn security_contexts() {
     });
     std::fs::write(&custom, profile.to_string()).unwrap();
     let seccomp = json!({"profile_type": "Localhost", "localhost_ref": custom});
-    let filtered = pod.sh("filtered", APP, context(json!({"seccomp": seccomp})));
+    let filtered = pod.sh("filtered", APP, context(&json!({"seccomp": seccomp})));
     assert!(
         filtered
             .exec("mkdir /tmp/d")
@@ -84,11 +80,11 @@ fn security_contexts() {
     );
     filtered.sh("touch /tmp/f");
 
-    let privileged = node.pod(COFFER, "privileged", context(json!({"privileged": true})));
+    let privileged = node.pod(COFFER, "privileged", context(&json!({"privileged": true})));
     let root = privileged.sh(
         "root",
         APP,
-        context(json!({
+        context(&json!({
             "privileged": true, "masked_paths": [], "readonly_paths": [],
             "seccomp": {"profile_type": "Unconfined"},
         })),

@@ -2,7 +2,7 @@
 
 use crate::{APP, COFFER};
 use coffer_tests::cri::Node;
-use coffer_tests::{Test, host, wait_for};
+use coffer_tests::{host, wait_for};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -29,12 +29,9 @@ impl Drop for Tmpfs<'_> {
     }
 }
 
-#[test]
-fn volumes_of_a_pod() {
-    let test = Test::new("crivol");
-    let node = Node::start(&test);
+pub fn volumes(node: &Node<'_>) {
     let dir = |name: &str| {
-        let dir = test.dir().join(name);
+        let dir = node.test.dir().join(name);
         fs::create_dir(&dir).unwrap();
         dir
     };
@@ -54,7 +51,10 @@ fn volumes_of_a_pod() {
     let _tmpfs = Tmpfs(&memory);
     fs::create_dir_all(tree.join("sub/path")).unwrap();
     fs::write(tree.join("sub/path/file"), "below").unwrap();
-    let (hosts, termination) = (test.dir().join("hosts"), test.dir().join("termination"));
+    let (hosts, termination) = (
+        node.test.dir().join("hosts"),
+        node.test.dir().join("termination"),
+    );
     fs::write(&hosts, "127.0.0.1 localhost\n192.0.2.9 named.test named\n").unwrap();
     fs::write(&termination, "").unwrap();
     let mounts = json!({"mounts": [
