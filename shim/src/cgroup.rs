@@ -61,6 +61,30 @@ pub fn default_path(id: &SandboxId) -> String {
     format!("{OWN_PARENT}/{id}-{}", std::process::id())
 }
 
+/// The path within each hierarchy that an OCI `cgroupsPath` means: an absolute one as it is; `slice:prefix:name`, which engines write
+/// where systemd has the hierarchy, is the scope `prefix-name.scope` in the slice. None for what names neither.
+pub fn path_of(cgroups_path: &str) -> Option<String> {
+    if cgroups_path.starts_with('/') {
+        return Some(cgroups_path.to_owned());
+    }
+    let mut parts = cgroups_path.split(':');
+    let (slice, prefix, name) = (parts.next()?, parts.next()?, parts.next()?);
+    let slice = slice.strip_suffix(".slice")?;
+    if parts.next().is_some() || name.is_empty() || slice.split('-').any(str::is_empty) {
+        return None;
+    }
+    // The slice a-b is in the slice a.
+    let ends = slice.match_indices('-').map(|(end, _)| end);
+    let slices = ends
+        .chain([slice.len()])
+        .map(|end| format!("/{}.slice", &slice[..end]));
+    let scope = match prefix {
+        "" => format!("/{name}.scope"),
+        prefix => format!("/{prefix}-{name}.scope"),
+    };
+    Some(slices.chain([scope]).collect())
+}
+
 impl SandboxCgroup {
     /// Makes the cgroup at `path`, which is absolute within each hierarchy, as in the OCI `cgroupsPath`.
     pub fn create(path: &str) -> Result<Self, CgroupError> {
@@ -294,6 +318,27 @@ mod tests {
                 matches!(SandboxCgroup::at(bad), Err(CgroupError::Path(_))),
                 "{bad:?} was taken"
             );
+        }
+    }
+
+    #[test]
+    fn systemds_names_are_paths_too() {
+        let cases = [
+            ("/kubepods/pod1/c", Some("/kubepods/pod1/c")),
+            (
+                "kubepods-burstable-pod2.slice:cri-containerd:1",
+                Some(
+                    "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod2.slice/cri-containerd-1.scope",
+                ),
+            ),
+            ("system.slice::x", Some("/system.slice/x.scope")),
+            ("relative", None),
+            ("a--b.slice:x:y", None),
+            ("a:b:c", None),
+            ("a.slice:b:c:d", None),
+        ];
+        for (given, expected) in cases {
+            assert_eq!(path_of(given).as_deref(), expected, "{given}");
         }
     }
 

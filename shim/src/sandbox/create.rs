@@ -5,6 +5,7 @@ use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
 use super::{Error, OwnNetwork, Sandbox};
+use crate::cgroup;
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec, PodSize};
@@ -329,8 +330,7 @@ fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
             .cgroups_path
             .as_deref()
             .and_then(Path::to_str)
-            .filter(|path| path.starts_with('/'))
-            .map(str::to_owned),
+            .and_then(cgroup::path_of),
         size: PodSize::of(spec),
         ..Default::default()
     }
