@@ -6,7 +6,7 @@
 //! | `NOT_FOUND`           | no such container or exec                                     |
 //! | `ALREADY_EXISTS`      | a container or exec of this name exists, the sandbox is started |
 //! | `FAILED_PRECONDITION` | not in this state: not started yet, started before, ended     |
-//! | `ABORTED`             | `StartProcess`: the program can't be run; an `ExecFailure` has 126 or 127 |
+//! | `ABORTED`             | `CreateContainer`, `StartProcess`: the program can't be run; an `ExecFailure` has 126 or 127 |
 //! | `INTERNAL`            | the kernel refused                                            |
 
 use crate::container::{self, Container};
@@ -326,10 +326,9 @@ fn invalid(message: &str) -> RpcError {
 fn status(error: impl Into<SandboxError>) -> RpcError {
     let error = error.into();
     let mut status = get_status(code(&error), one_line(&error));
-    if let SandboxError::Process(ProcessError::Start {
-        cause: container::Error::Exec { kind, .. },
-        ..
-    }) = &error
+    if let SandboxError::Process(ProcessError::Start { cause, .. })
+    | SandboxError::Container { cause, .. } = &error
+        && let container::Error::Exec { kind, .. } = cause
     {
         kind.attach(&mut status);
     }

@@ -12,6 +12,7 @@
 //! - [`vmm`], [`agent`], [`io`]: clients of the hypervisor process, the agent, and its stdio streams.
 //! - [`state`] and [`cleanup`](mod@cleanup): what is on disk, and how a sandbox leaves the host by it alone.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
+//! - [`lease`]: processes of the host that stand for those of the guest.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`hooks`]: programs of the host that a container's spec names.
@@ -33,6 +34,7 @@ pub mod features;
 pub mod hooks;
 pub mod image;
 pub mod io;
+pub mod lease;
 pub mod machine;
 pub mod mount_points;
 pub mod network;

@@ -271,8 +271,9 @@ fn mount(
     Ok(())
 }
 
+/// Clones the mounts at a place, unattached.
 #[allow(unsafe_code)]
-fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+pub(crate) fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as u32;
     if recursive {
         flags |= libc::AT_RECURSIVE as u32;
@@ -284,7 +285,8 @@ fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn set_attributes(
+/// Sets `MOUNT_ATTR_*` flags and the propagation of a mount, or of all below it too.
+pub(crate) fn set_attributes(
     tree: BorrowedFd<'_>,
     set: u64,
     propagation: u64,
@@ -321,8 +323,9 @@ fn mount_setattr(
     Ok(())
 }
 
+/// Attaches an unattached tree on a place.
 #[allow(unsafe_code)]
-fn move_mount(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn move_mount(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
     // SAFETY: both fds are open for the call and the paths are empty C strings.
     let result = unsafe {

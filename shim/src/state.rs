@@ -4,9 +4,10 @@
 //! file is replaced by rename, so a reader sees one version or the next. It is not synced to disk: after a power
 //! cut the processes and mounts it names are gone too.
 
+use crate::lease::OciRecord;
 use crate::machine::child::ProcessId;
 use crate::machine::options::SandboxOptions;
-use coffer_proto::ids::{ContainerId, SandboxId};
+use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -88,6 +89,16 @@ pub struct ExitRecord {
     pub oom_killed: bool,
 }
 
+/// A process of the host that stands for one of the guest; see [`crate::lease`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandIn {
+    pub container: ContainerId,
+    /// None where it stands for the container's init process.
+    pub exec: Option<ExecId>,
+    pub process: ProcessId,
+    pub record: OciRecord,
+}
+
 /// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -107,6 +118,8 @@ pub struct State {
     /// `uname -r` of the guest.
     pub guest_kernel: Option<String>,
     pub containers: BTreeMap<ContainerId, ContainerRecord>,
+    #[serde(default)]
+    pub stand_ins: Vec<StandIn>,
 }
 
 impl State {
@@ -126,6 +139,7 @@ impl State {
             phases: Vec::new(),
             guest_kernel: None,
             containers: BTreeMap::new(),
+            stand_ins: Vec::new(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::cleanup::{self, CleanupError};
 use crate::containerd::publisher::{FLUSH_DEADLINE, Publisher};
+use crate::lease;
 use crate::machine::child::ProcessId;
 use crate::machine::{SandboxOptions, task_socket};
 use crate::sandbox::Sandbox;
@@ -74,7 +75,8 @@ fn claim(options: &SandboxOptions) -> Result<StateFile, SuperviseError> {
         path: path.clone(),
         source,
     };
-    let socket = task_socket(root, &options.id);
+    // The longer name of the two sockets.
+    let socket = dir.join(lease::SOCKET);
     if socket.as_os_str().len() > MAX_SOCKET_PATH {
         return Err(SuperviseError::SocketPath { path: socket });
     }
@@ -107,8 +109,14 @@ async fn serve(
     publisher: Option<Publisher>,
 ) -> Result<(), SuperviseError> {
     let path = task_socket(&options.root, &options.id);
+    let options_dir = options.dir();
     let listener = UnixListener::bind(&path).map_err(|source| SuperviseError::Socket {
         path: path.clone(),
+        source,
+    })?;
+    let stand_ins = options_dir.join(lease::SOCKET);
+    let stand_ins = UnixListener::bind(&stand_ins).map_err(|source| SuperviseError::Socket {
+        path: stand_ins,
         source,
     })?;
     let mut terminate = signal(SignalKind::terminate()).map_err(SuperviseError::Signals)?;
@@ -125,6 +133,7 @@ async fn serve(
         publisher.flush().await;
     });
     let sandbox = Sandbox::new(options, state, events);
+    let leases = tokio::spawn(lease::serve(stand_ins, sandbox.clone()));
     let end = Arc::new(Notify::new());
     let services = TaskService::new(sandbox.clone(), no_events, end.clone()).services();
     let mut server = ttrpc::r#async::Server::new()
@@ -153,6 +162,7 @@ async fn serve(
     if let Err(error) = server.shutdown().await {
         tracing::debug!(%error, "the Task API did not close in order");
     }
+    leases.abort();
     drop((server, sandbox));
     let _ = timeout(EVENTS_LEFT, publishing).await;
     Ok(())

@@ -87,6 +87,24 @@ impl<'a> Launcher<'a> {
         new_session_keyring()
     }
 
+    /// Refuses a program that is not there or can't be executed by anybody, as runc does before anyone waits for it. A program that
+    /// depends on the working directory is only looked for at the start.
+    pub fn check_program(&self, root: &Root) -> Result<(), Failure> {
+        let env = environment(self.process, root)?;
+        let path = env
+            .iter()
+            .rev()
+            .find_map(|entry| entry.strip_prefix("PATH="));
+        let absolute = |name: &str| name.starts_with('/');
+        match self.process.args().iter().flatten().next() {
+            Some(name) if absolute(name) => find_program(name, &env).map(drop),
+            Some(name) if !name.contains('/') && path.unwrap_or("").split(':').all(absolute) => {
+                find_program(name, &env).map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Becomes the user's program. Returns only if that failed.
     pub fn launch(self, root: &Root, streams: &Streams) -> Result<Infallible, Failure> {
         let user = self.process.user();

@@ -161,6 +161,7 @@ fn init(
         own.and_then(|h| h.create_container().as_ref()),
         &state,
     )?;
+    launcher.check_program(&root)?;
     let streams = wait_for_go(source, terminal, socket)?;
     let state = hooks::state(id, ContainerState::Created, spec.annotations().as_ref());
     hooks::run_all(

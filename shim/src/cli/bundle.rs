@@ -68,6 +68,15 @@ pub(super) fn from_image(
     write(sandbox, &spec)
 }
 
+/// `coffer spec`: the default spec beside a root of the caller's, which the caller then changes.
+pub(super) fn write_spec(directory: Option<&Path>) -> Result<(), BundleError> {
+    let path = directory.unwrap_or(Path::new(".")).join("config.json");
+    let text = default_spec::example();
+    let text = serde_json::to_vec_pretty(&text).expect("JSON values can always be written");
+    let written = File::create_new(&path).and_then(|mut file| file.write_all(&text));
+    written.map_err(|source| BundleError::Write { path, source })
+}
+
 fn make_directory(path: &Path) -> Result<(), BundleError> {
     let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
     made.map_err(|source| BundleError::Write {

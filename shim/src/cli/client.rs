@@ -333,6 +333,29 @@ impl Task {
         })
     }
 
+    /// Changes the limits; `resources` is OCI's `linux.resources` as JSON.
+    pub(super) async fn update(
+        &self,
+        container: &str,
+        resources: Vec<u8>,
+    ) -> Result<(), TaskError> {
+        let type_url = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into();
+        let resources = Any {
+            type_url,
+            value: resources,
+            ..Default::default()
+        };
+        let request = api::UpdateTaskRequest {
+            id: container.into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.client
+            .update(context::with_duration(SHORT), &request)
+            .await?;
+        Ok(())
+    }
+
     pub(super) async fn stats(&self, container: &str) -> Result<Metrics, TaskError> {
         let request = api::StatsRequest {
             id: container.into(),

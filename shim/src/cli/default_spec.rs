@@ -5,6 +5,8 @@
 mod capabilities;
 mod seccomp;
 
+pub(super) use capabilities::capability;
+
 use super::options::ContainerOptions;
 use super::user::{self, UserError};
 use super::values::Volume;
@@ -88,6 +90,25 @@ pub(super) fn make(
             .collect();
     }
     Ok(spec)
+}
+
+/// A spec to begin with: a shell with a terminal in `rootfs` beside it.
+pub(super) fn example() -> Value {
+    let mut spec: Value =
+        serde_json::from_str(include_str!("default_spec.json")).expect("a file of this source");
+    spec["root"]["path"] = json!("rootfs");
+    spec["hostname"] = json!("coffer");
+    let capabilities = capabilities::DEFAULT_CAPABILITIES.map(str::to_owned);
+    spec["linux"]["seccomp"] = seccomp::profile(&capabilities.clone().into());
+    let process = &mut spec["process"];
+    process["args"] = json!(["sh"]);
+    process["cwd"] = json!("/");
+    process["env"] = json!([DEFAULT_PATH, "TERM=xterm"]);
+    process["terminal"] = json!(true);
+    for set in ["bounding", "effective", "permitted"] {
+        process["capabilities"][set] = json!(capabilities);
+    }
+    spec
 }
 
 fn process(

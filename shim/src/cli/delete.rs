@@ -1,11 +1,18 @@
 //! The end of a sandbox: asked of its supervisor, and then made sure of.
 
 use super::client::{Process, Task};
-use super::{Error, Found, KILL_TAKES, staging_directory, supervisor};
+use super::find::{Found, live};
+use super::inspect::hook_state;
+use super::{Error, KILL_TAKES, hooks, staging_directory, supervisor};
+use crate::cgroup::SandboxCgroup;
+use crate::cleanup;
 use crate::config::Config;
+use crate::machine::child::ProcessId;
+use crate::state::{State, StateFile};
 use coffer_proto::ids::{ContainerId, SandboxId};
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
@@ -14,25 +21,103 @@ const END: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(20);
 /// A supervisor that does not answer State this fast is not waited for when all is deleted by force anyway.
 const ANSWER: Duration = Duration::from_secs(5);
+/// A stand-in passes the last output on after its container's end, if somebody reads it.
+const STAND_IN_ENDS: Duration = Duration::from_secs(10);
 
-/// `coffer delete`. Without force only for containers that have ended.
+/// `coffer delete`: a container, and with the last one its sandbox. Without force only if it has ended or never ran.
 pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Result<(), Error> {
-    match Found::sandbox(config, id) {
-        Ok(found) if found.alive() => {
-            let asked = ask(&found, force).await;
-            if !force {
-                asked?;
-            }
+    let found = match Found::by_id(config, id) {
+        Ok(found) => found,
+        // What can't be read can still be removed.
+        Err(Error::State(_)) if force => return remove_sandbox(&config.root, id).await,
+        Err(Error::NoSandbox { .. }) if force || Found::directory(config, id).is_ok() => {
+            return remove_sandbox(&config.root, id).await;
+        }
+        Err(error) => return Err(error),
+    };
+    let ended = if found.alive() {
+        let asked = ask(&found, force).await;
+        if !force {
+            asked?;
+        }
+        let left = State::load(&found.root, &found.id)?;
+        if left.is_none_or(|left| left.containers.is_empty()) {
             wait_for_end(&found).await;
         }
-        Ok(_) => {}
-        // What can't be read can still be removed.
-        Err(Error::State(_)) if force => {}
-        Err(Error::NoSandbox { .. }) if force || Found::directory(config, id).is_ok() => {}
-        Err(error) => return Err(error),
+        !found.alive()
+    } else {
+        true
+    };
+    after(&found).await?;
+    if ended {
+        forget(&found).await?;
     }
-    supervisor::remove(config.root.clone(), id.clone()).await?;
-    let staging = staging_directory(&config.root, id);
+    Ok(())
+}
+
+/// What the host has of a container beside its sandbox: the stand-in, its cgroup, hooks that wait for this moment.
+async fn after(found: &Found) -> Result<(), Error> {
+    let Some(stand_in) = found.stand_in() else {
+        return Ok(());
+    };
+    wait_for_stand_in(&stand_in.process).await;
+    let record = &stand_in.record;
+    if let Some(path) = &record.cgroup {
+        SandboxCgroup::at(path)?.remove()?;
+    }
+    let bundle = found.state.containers.get(&found.wanted);
+    let bundle = bundle
+        .map(|record| record.bundle.as_path())
+        .unwrap_or(Path::new(""));
+    let state = hook_state(
+        &found.wanted,
+        "stopped",
+        0,
+        bundle,
+        Some(&record.annotations),
+    );
+    hooks::run_all("poststop", &record.poststop, &state).await;
+    Ok(())
+}
+
+/// One that nobody reads from any more, or whose supervisor died, is not waited for longer.
+async fn wait_for_stand_in(process: &ProcessId) {
+    let ended = async {
+        while process.is_alive() {
+            sleep(LOOK).await;
+        }
+    };
+    if timeout(STAND_IN_ENDS, ended).await.is_err() {
+        let _ = process.kill(ANSWER);
+    }
+}
+
+/// The supervisor is gone: takes the container off the state it left, and the sandbox with its last one.
+async fn forget(found: &Found) -> Result<(), Error> {
+    let others = State::load(&found.root, &found.id)?.filter(|state| {
+        state
+            .containers
+            .keys()
+            .any(|container| *container != found.wanted)
+    });
+    let Some(mut state) = others.filter(|state| state.containers.contains_key(&found.wanted))
+    else {
+        return remove_sandbox(&found.root, &found.id).await;
+    };
+    let owned = state.clone();
+    let released = tokio::task::spawn_blocking(move || cleanup::release(&owned)).await;
+    released.expect("cleanup does not panic")?;
+    state.containers.remove(&found.wanted);
+    state
+        .stand_ins
+        .retain(|known| known.container != found.wanted);
+    StateFile::create(state)?;
+    Ok(())
+}
+
+async fn remove_sandbox(root: &Path, id: &SandboxId) -> Result<(), Error> {
+    supervisor::remove(root.to_owned(), id.clone()).await?;
+    let staging = staging_directory(root, id);
     match fs::remove_dir_all(&staging) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io {
             what: format!("can't remove {staging:?}"),
@@ -42,12 +127,14 @@ pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Resu
     }
 }
 
-/// Has the supervisor delete all containers, and end.
+/// Has the supervisor delete the container, or all if the sandbox was meant, and end if none is left.
 async fn ask(found: &Found, force: bool) -> Result<(), Error> {
     let task = Task::connect(&found.root, &found.id)
         .await
         .map_err(|error| found.why_gone(error))?;
-    for container in found.state.containers.keys() {
+    let all = found.state.containers.keys();
+    let one = found.state.containers.contains_key(&found.wanted);
+    for container in all.filter(|container| !one || **container == found.wanted) {
         let process = Process {
             container: container.to_string(),
             exec: String::new(),
@@ -61,6 +148,10 @@ async fn ask(found: &Found, force: bool) -> Result<(), Error> {
                 });
             }
             kill(&task, &process, container, state.status).await;
+        }
+        if let (Some(stand_in), true) = (found.stand_in(), state.status != "created") {
+            // It still looks at how its container ended.
+            wait_for_stand_in(&stand_in.process).await;
         }
         task.delete(&process).await?;
     }
@@ -92,7 +183,7 @@ async fn wait_for_end(found: &Found) {
 
 /// `coffer reap`: stays until the container ends, and then removes the sandbox.
 pub(super) async fn reap(config: &Config, id: &SandboxId) -> Result<(), Error> {
-    let (task, process) = super::live(config, id).await?;
+    let (task, process) = live(config, id).await?;
     let _ = task.wait(&process).await;
     delete(config, id, true).await
 }

@@ -1,53 +1,128 @@
 //! `coffer exec`: a further process in a running container.
 
+use super::bundle::BundleError;
 use super::client::{Process, Task, TaskError};
-use super::default_spec::merge_env;
-use super::options::{ExecOptions, ProcessOptions};
-use super::session::{Caller, Session};
+use super::create::check_options;
+use super::default_spec::{capability, merge_env};
+use super::lifecycle::Known;
+use super::options::ExecOptions;
+use super::order::{self, Exec, Network, Order, Places};
+use super::session::{Caller, FORWARDED, Session};
+use super::stand_in;
 use super::stdio::Fifos;
-use super::{Error, Found, user};
+use super::{Error, user};
 use crate::config::Config;
 use crate::image::Root;
-use crate::spec::Bundle;
-use coffer_proto::ids::ContainerId;
+use crate::lease::{Lease, Registration};
+use crate::spec::{Bundle, MAX_CONFIG_BYTES};
+use coffer_proto::ids::{ContainerId, ExecId};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// Runs it in the foreground; gives its exit status.
+/// Runs it; gives its exit status, or 0 when it is detached.
 pub(super) async fn exec(config: &Config, options: &ExecOptions) -> Result<u8, Error> {
-    let mut caller = Caller::listen()?;
-    let found = Found::sandbox(config, &options.target.id)?;
-    let (container, record) = found.container()?;
-    let block = process_block(
-        &record.bundle,
-        &container,
-        &options.process,
-        &options.command,
-    )?;
+    let known = Known::look(config, &options.target.id).await?;
+    let states: &[&str] = if options.ignore_paused {
+        &["created", "running", "paused"]
+    } else {
+        &["created", "running"]
+    };
+    let refusal = match known.status {
+        "paused" => "cannot exec in a paused container (use --ignore-paused)",
+        _ => "cannot exec in a stopped container",
+    };
+    known.task_in(states, refusal)?;
+    let (container, record) = known.found.container()?;
+    let block = match &options.block {
+        Some(file) => given_block(file, options.process.tty)?,
+        None => process_block(&record.bundle, &container, options)?,
+    };
+    let id = ExecId::new(format!("exec-{}", random_hex()?)).expect("the form of an id");
+    if options.detach {
+        return detached(config, &known, options, Exec { id, process: block }).await;
+    }
+    foreground(config, &known, options, Exec { id, process: block }).await
+}
+
+/// With a stand-in that stays behind.
+async fn detached(
+    config: &Config,
+    known: &Known,
+    options: &ExecOptions,
+    exec: Exec,
+) -> Result<u8, Error> {
+    let terminal = exec.process["terminal"] == json!(true);
+    check_options(&options.detached, terminal)?;
+    let (container, record) = known.found.container()?;
+    let beside = known.found.stand_in();
+    let network = beside.map_or(Network::Callers, |stand_in| {
+        Network::Path(format!("/proc/{}/ns/net", stand_in.process.pid).into())
+    });
+    let side = |name: &str| {
+        let length = exec.process["consoleSize"][name]
+            .as_u64()
+            .unwrap_or_default();
+        u16::try_from(length).unwrap_or(u16::MAX)
+    };
+    let order = Order {
+        sandbox: known.found.id.clone(),
+        container,
+        bundle: record.bundle.clone(),
+        terminal,
+        console_size: Some((side("height"), side("width"))),
+        places: Places::absolute(&options.detached)?,
+        cgroup: beside.and_then(|stand_in| stand_in.record.cgroup.clone()),
+        network,
+        record: None,
+        view: None,
+        exec: Some(exec),
+    };
+    let mut process = order::start(&config.root, &order).await?;
+    process.ready().await?;
+    process.go().await?;
+    Ok(0)
+}
+
+/// In this process, which is its own stand-in.
+async fn foreground(
+    config: &Config,
+    known: &Known,
+    options: &ExecOptions,
+    exec: Exec,
+) -> Result<u8, Error> {
+    let mut caller = Caller::listen(&FORWARDED)?;
+    let found = &known.found;
+    let (container, _) = found.container()?;
+    let terminal = exec.process["terminal"] == json!(true);
     let process = Process {
         container: container.to_string(),
-        exec: format!("exec-{}", random_hex()?),
+        exec: exec.id.to_string(),
     };
+    let registration = Registration {
+        container,
+        exec: Some(exec.id),
+        own_network: false,
+        record: None,
+    };
+    let lease = Lease::take(&config.root, &found.id, &registration).await?;
     let task = Task::connect(&config.root, &found.id)
         .await
         .map_err(|error| found.why_gone(error))?;
-
-    let (interactive, terminal) = (options.process.interactive, options.process.tty);
+    let interactive = options.process.interactive || options.block.is_some();
     let directory = config.root.join(&found.id).join(&process.exec);
-    let fifos = Fifos::make(directory, interactive, terminal);
-    let fifos = fifos.map_err(|source| Error::Io {
-        what: "can't make the fifos of the process".into(),
-        source,
-    })?;
-    let block = serde_json::to_vec(&block).expect("JSON values can always be written");
+    let fifos = Fifos::make(directory, interactive, terminal)?;
+    let block = serde_json::to_vec(&exec.process).expect("JSON values can always be written");
     let create = async {
         let paths = fifos.paths();
         let created = task.exec(&process, block, &paths).await;
         created.map_err(Error::from)
     };
     caller.unless_interrupted(create).await?;
+    if let Some(path) = &options.detached.pid_file {
+        stand_in::write_pid(path)?;
+    }
     let session = Session {
         task,
         process,
@@ -59,19 +134,43 @@ pub(super) async fn exec(config: &Config, options: &ExecOptions) -> Result<u8, E
         // The container may have ended under it; its status is known.
         Err(error) => tracing::debug!(%error, "exec not deleted"),
     }
+    drop(lease);
     status.map_err(|error| match error {
         Error::Task(error) => found.why_gone(error),
         error => error,
     })
 }
 
+/// The block of a file; engines set the terminal in it or by the option.
+fn given_block(file: &Path, terminal: bool) -> Result<Value, Error> {
+    let read = || {
+        let mut text = Vec::new();
+        File::open(file)?
+            .take(MAX_CONFIG_BYTES)
+            .read_to_end(&mut text)?;
+        Ok(serde_json::from_slice::<Value>(&text)?)
+    };
+    let mut block = read().map_err(|source| Error::Io {
+        what: format!("can't read the process of {file:?}"),
+        source,
+    })?;
+    if !block.is_object() {
+        return Err(Error::Usage(format!("{file:?} holds no OCI process")));
+    }
+    if terminal {
+        block["terminal"] = json!(true);
+    }
+    Ok(block)
+}
+
 /// The container's own process block, changed as asked.
 fn process_block(
     bundle: &Path,
     container: &ContainerId,
-    options: &ProcessOptions,
-    command: &[String],
+    options: &ExecOptions,
 ) -> Result<Value, Error> {
+    let (more, command) = (options, &options.command);
+    let options = &options.process;
     let bundle = Bundle::load(bundle)?;
     let mut process = serde_json::to_value(bundle.spec().process())
         .expect("a spec that was parsed can be written");
@@ -114,7 +213,34 @@ fn process_block(
         Vec::new()
     };
     process["env"] = json!(merge_env(&[&terminal, &own, &options.env]));
+    add_privileges(&mut process, more)?;
     Ok(process)
+}
+
+fn add_privileges(process: &mut Value, options: &ExecOptions) -> Result<(), Error> {
+    if options.no_new_privs {
+        process["noNewPrivileges"] = json!(true);
+    }
+    for gid in &options.additional_gids {
+        append(&mut process["user"]["additionalGids"], json!(gid));
+    }
+    for name in &options.caps {
+        let capability = capability(name).map_err(BundleError::from)?;
+        for set in ["bounding", "effective", "permitted", "inheritable"] {
+            append(&mut process["capabilities"][set], json!(capability));
+        }
+    }
+    Ok(())
+}
+
+/// Adds to a list that may not be there yet, if it is not in it already.
+fn append(list: &mut Value, value: Value) {
+    if !list.is_array() {
+        *list = json!([]);
+    }
+    if let Some(list) = list.as_array_mut().filter(|list| !list.contains(&value)) {
+        list.push(value);
+    }
 }
 
 fn random_hex() -> Result<String, Error> {
@@ -129,7 +255,9 @@ fn random_hex() -> Result<String, Error> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::options::{Command, CommandLine};
     use super::*;
+    use clap::Parser;
     use std::fs;
 
     #[test]
@@ -145,22 +273,31 @@ mod tests {
                         "env": ["A=container", "B=container"], "capabilities": capabilities}
         });
         fs::write(bundle.path().join("config.json"), config.to_string()).unwrap();
-        let options = |user: Option<&str>| ProcessOptions {
-            tty: false,
-            interactive: false,
-            env: vec!["B=exec".into()],
-            workdir: Some("/tmp".into()),
-            user: user.map(Into::into),
+        let options = |user: Option<&str>| {
+            let mut words = vec!["coffer", "exec", "--env", "B=exec", "--cwd=/tmp"];
+            words.extend(user.into_iter().flat_map(|user| ["--user", user]));
+            if user.is_none() {
+                words.extend(["--cap", "net_raw", "-g", "7"]);
+            }
+            words.extend(["c", "ls"]);
+            match CommandLine::try_parse_from(words).unwrap().command {
+                Command::Exec(options) => options,
+                other => panic!("{other:?}"),
+            }
         };
         let container = ContainerId::new("c").unwrap();
-        let block = |user| process_block(bundle.path(), &container, &options(user), &["ls".into()]);
+        let block = |user| process_block(bundle.path(), &container, &options(user));
         let plain = block(None).unwrap();
+        assert_eq!(plain["user"]["additionalGids"], json!([7]));
         assert_eq!(
             (&plain["args"], &plain["cwd"], &plain["terminal"]),
             (&json!(["ls"]), &json!("/tmp"), &json!(false))
         );
         assert_eq!(plain["env"], json!(["A=container", "B=exec"]));
-        assert_eq!(plain["capabilities"]["effective"], json!(["CAP_KILL"]));
+        assert_eq!(
+            plain["capabilities"]["effective"],
+            json!(["CAP_KILL", "CAP_NET_RAW"])
+        );
         let web = block(Some("web")).unwrap();
         assert_eq!(
             (&web["user"]["uid"], &web["user"]["gid"]),

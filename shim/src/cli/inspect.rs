@@ -1,24 +1,27 @@
 //! The commands that look: ps, state, stats, logs, console.
 
+use super::Error;
 use super::client::{ProcessState, Task};
+use super::find::{Found, sandboxes};
 use super::options::{LogsOptions, StatsOptions};
 use super::run::OUTPUT_FILE;
 use super::supervisor::LOG_FILE;
-use super::{Error, Found};
+use super::time::rfc3339;
 use crate::config::Config;
 use crate::machine::open_console;
 use crate::state::{ContainerRecord, State, Status};
 use coffer_proto::ids::{ContainerId, SandboxId};
 use serde_json::{Value, json};
-use std::fs::{self, File};
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A supervisor that does not answer this fast is shown as it is on disk.
 const ANSWER: Duration = Duration::from_secs(2);
 /// The OCI runtime specification whose state is printed.
-const OCI_VERSION: &str = "1.2.0";
+pub(super) const OCI_VERSION: &str = "1.2.0";
 /// Annotation that tells why a container ended, where its process was not the cause.
 const REASON: &str = "io.coffer.reason";
 
@@ -42,6 +45,7 @@ pub(super) async fn list(config: &Config, as_json: bool) -> Result<(), Error> {
             id: id.clone(),
             state: state.clone(),
             root: config.root.clone(),
+            wanted: ContainerId::new(id.as_str()).expect("both kinds of id have the same form"),
         };
         if state.containers.is_empty() {
             let status = if found.alive() { "creating" } else { "dead" }.to_owned();
@@ -108,25 +112,6 @@ fn row_json(row: &Row) -> Value {
     })
 }
 
-fn sandboxes(root: &Path) -> Result<Vec<SandboxId>, Error> {
-    let entries = match fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => {
-            return Err(Error::Io {
-                what: format!("can't read {root:?}"),
-                source,
-            });
-        }
-    };
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let mut ids: Vec<_> = names.filter_map(|name| SandboxId::new(name).ok()).collect();
-    ids.sort();
-    Ok(ids)
-}
-
 fn duration(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..60 => format!("{seconds}s"),
@@ -137,7 +122,7 @@ fn duration(time: Duration) -> String {
 }
 
 /// From the supervisor if it answers, else from what it wrote.
-async fn live_state(
+pub(super) async fn live_state(
     found: &Found,
     container: &ContainerId,
     record: &ContainerRecord,
@@ -161,37 +146,53 @@ async fn live_state(
 
 /// `coffer state`: as the OCI runtime specification has it.
 pub(super) async fn state(config: &Config, id: &SandboxId) -> Result<(), Error> {
-    let found = Found::sandbox(config, id)?;
+    let found = Found::by_id(config, id)?;
     let (container, record) = found.container()?;
     let live = live_state(&found, &container, record).await;
     // The supervisor may have learnt of the end meanwhile.
-    let found = Found::sandbox(config, id)?;
+    let found = Found::by_id(config, id)?;
     let (_, record) = found.container()?;
-    let mut annotations = bundle_annotations(&record.bundle);
+    let mut annotations = match found.stand_in() {
+        Some(stand_in) => json!(stand_in.record.annotations),
+        None => bundle_annotations(&record.bundle),
+    };
     if live.status == "stopped" {
         if let Some(reason) = found.reason(record) {
             annotations[REASON] = json!(reason);
         }
         annotations["io.coffer.exit-status"] = json!(live.exit_status.to_string());
     }
-    let pid = if live.status == "stopped" {
-        0
-    } else {
-        live.pid
-    };
-    let created = record
-        .created
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let pid = found.pid(&live);
     let state = json!({
         "ociVersion": OCI_VERSION, "id": container, "status": live.status, "pid": pid, "bundle": record.bundle,
-        "annotations": annotations, "created_unix": created.as_secs(),
+        "rootfs": rootfs(&record.bundle), "created": rfc3339(record.created), "owner": "root",
+        "annotations": annotations,
     });
     println!(
         "{}",
         serde_json::to_string_pretty(&state).expect("JSON values can always be written")
     );
     Ok(())
+}
+
+/// What a hook gets on its standard input.
+pub(super) fn hook_state(
+    id: &ContainerId,
+    status: &str,
+    pid: u32,
+    bundle: &Path,
+    annotations: Option<&HashMap<String, String>>,
+) -> Value {
+    json!({
+        "ociVersion": OCI_VERSION, "id": id, "status": status, "pid": pid, "bundle": bundle,
+        "annotations": annotations.cloned().unwrap_or_default(),
+    })
+}
+
+pub(super) fn rootfs(bundle: &Path) -> PathBuf {
+    let spec = crate::spec::Bundle::load(bundle).ok();
+    let root = spec.and_then(|bundle| Some(bundle.spec().root().as_ref()?.path().clone()));
+    bundle.join(root.unwrap_or_default())
 }
 
 fn bundle_annotations(bundle: &Path) -> Value {
@@ -202,7 +203,7 @@ fn bundle_annotations(bundle: &Path) -> Value {
 
 /// `coffer stats`
 pub(super) async fn stats(config: &Config, options: &StatsOptions) -> Result<(), Error> {
-    let found = Found::sandbox(config, &options.target.id)?;
+    let found = Found::by_id(config, &options.target.id)?;
     let (container, _) = found.container()?;
     let task = Task::connect(&config.root, &found.id)
         .await
@@ -249,6 +250,20 @@ pub(super) async fn stats(config: &Config, options: &StatsOptions) -> Result<(),
         println!("{name:<18} {value:>20}");
     }
     Ok(())
+}
+
+/// `coffer features`. Where an engine calls this command line, the hooks of the host are run too.
+pub(super) fn features() -> Value {
+    let mut features = crate::features::features();
+    features["hooks"] = json!([
+        "prestart",
+        "createRuntime",
+        "createContainer",
+        "startContainer",
+        "poststart",
+        "poststop"
+    ]);
+    features
 }
 
 fn unix_ms() -> u64 {
@@ -310,21 +325,6 @@ pub(super) fn console(config: &Config, id: &SandboxId) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_names_of_sandboxes_are_listed() {
-        let root = tempfile::tempdir().unwrap();
-        for name in ["b", "a", ".staged", "no name"] {
-            fs::create_dir(root.path().join(name)).unwrap();
-        }
-        let ids: Vec<_> = sandboxes(root.path())
-            .unwrap()
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-        assert_eq!(ids, ["a", "b"]);
-        assert!(sandboxes(&root.path().join("missing")).unwrap().is_empty());
-    }
 
     #[test]
     fn ages_are_short() {

@@ -4,43 +4,67 @@
 //! - [`run`] and [`exec`]: processes in the foreground ([`session`], [`stdio`], [`terminal`]).
 //! - [`bundle`], [`default_spec`], [`user`]: from a root directory or an image to an OCI bundle.
 //! - [`inspect`]: ps, state, stats, logs, console. [`delete`]: the end of a sandbox.
+//! - [`create`], [`lifecycle`], [`order`], [`stand_in`], [`view`], [`console`], [`hooks`]: what engines call by the OCI command line.
 //! - [`client`]: the Task API; [`supervisor`]: the process that serves it.
 
 mod bundle;
+mod cgroups_path;
 mod client;
+mod console;
+mod create;
 mod default_spec;
 mod delete;
+mod events;
 mod exec;
+mod find;
+mod hooks;
 mod inspect;
+mod lifecycle;
+mod list;
+mod oci_run;
+mod oom;
 mod options;
+mod order;
 mod run;
 mod session;
+mod sizing;
+mod stand_in;
 mod stdio;
 mod supervisor;
 mod terminal;
+mod time;
 mod timings;
+mod update;
 mod user;
 mod values;
+mod view;
 
+use crate::cgroup::CgroupError;
 use crate::check::{self, NoHypervisor, Report};
 use crate::cleanup::CleanupError;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, LogLevel};
+use crate::lease::LeaseError;
 use crate::spec::SpecError;
-use crate::state::{ContainerRecord, State, StateError, Status};
+use crate::state::StateError;
 use crate::supervise::SuperviseError;
 use clap::Parser;
-use client::{Process, Task, TaskError};
+use client::TaskError;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use nix::sys::signal::Signal;
-use options::{Command, CommandLine};
+use options::{Command, CommandLine, ListFormat, LogFormat, RuntimeOptions};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use supervisor::LogFile;
 
-/// Exit status when Coffer failed, and not the container: as docker and podman have it.
+/// Exit status of run and exec when Coffer failed, and not the container: as docker and podman have it.
 const FAILED: u8 = 125;
+/// Exit status of exec in the forms of runc.
+const NO_EXEC: u8 = 255;
+/// Exit status of the other commands when they failed.
+const REFUSED: u8 = 1;
 /// The environment variable for `--root`.
 const ROOT_VARIABLE: &str = "COFFER_ROOT";
 /// From a SIGKILL until a container has ended; the supervisor ends the VM before that.
@@ -61,13 +85,16 @@ enum Error {
     NoHypervisor(#[from] NoHypervisor),
     #[error("the guest image can't be used: {0}")]
     GuestImage(String),
-    #[error("there is no sandbox {id} in {root:?}")]
+    /// Engines look for these words.
+    #[error("container does not exist: there is no {id} in {root:?}")]
     NoSandbox { id: SandboxId, root: PathBuf },
     #[error("sandbox {id} exists already; coffer delete removes it")]
     Exists { id: SandboxId },
     #[error("sandbox {id} has no container of that name, but: {names}")]
     NoContainer { id: SandboxId, names: String },
-    #[error("container {id} is {status}; stop it first, or delete with --force")]
+    #[error("container with given ID already exists: {id}")]
+    ContainerExists { id: ContainerId },
+    #[error("cannot delete container {id} that is not stopped: {status}")]
     Running {
         id: ContainerId,
         status: &'static str,
@@ -76,6 +103,26 @@ enum Error {
         "sandbox {id} was not started with --detach, so its output was not kept; --supervisor prints its log"
     )]
     NotDetached { id: SandboxId },
+    /// The container is not in the state for it. Engines look for the words.
+    #[error("{what}: {id}")]
+    Refused { what: &'static str, id: ContainerId },
+    #[error("{what} is not supported")]
+    Unsupported { what: &'static str },
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Console(#[from] console::ConsoleError),
+    #[error(transparent)]
+    Hook(#[from] hooks::HookError),
+    #[error(transparent)]
+    View(#[from] view::ViewError),
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The words of the process that stands for the container.
+    #[error("{message}")]
+    StandIn { message: String, status: Option<u8> },
     #[error("sandbox {id} is dead: {reason}")]
     Dead { id: SandboxId, reason: String },
     #[error(transparent)]
@@ -95,12 +142,14 @@ enum Error {
 }
 
 impl Error {
-    fn exit_status(&self) -> u8 {
-        match self {
+    /// None where the command decides.
+    fn exit_status(&self) -> Option<u8> {
+        Some(match self {
+            Self::StandIn { status, .. } => return *status,
             Self::Task(TaskError::Exec { kind, .. }) => kind.exit_status(),
             Self::Interrupted(signal) => u8::try_from(128 + *signal as i32).unwrap_or(FAILED),
-            _ => FAILED,
-        }
+            _ => return None,
+        })
     }
 }
 
@@ -131,16 +180,42 @@ pub fn main() -> ExitCode {
             };
         }
     };
+    let failed = line.command.failure_status();
+    let runtime = line.global.runtime.clone();
     match execute(line) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("coffer: {}", one_line(&error));
-            ExitCode::from(error.exit_status())
+            let message = one_line(&error);
+            eprintln!("coffer: {message}");
+            write_error_log(&runtime, &message);
+            ExitCode::from(error.exit_status().unwrap_or(failed))
         }
     }
 }
 
+/// Where an engine wants to read why a command failed: one object, since podman parses the file as one.
+fn write_error_log(options: &RuntimeOptions, message: &str) {
+    let Some(path) = &options.log else { return };
+    let now = time::rfc3339(SystemTime::now());
+    let line = match options.log_format {
+        LogFormat::Json => {
+            serde_json::json!({"level": "error", "msg": message, "time": now}).to_string()
+        }
+        LogFormat::Text => format!("time={now:?} level=error msg={message:?}"),
+    };
+    if let Err(error) = fs::write(path, line + "\n") {
+        eprintln!("coffer: can't write the log {path:?}: {error}");
+    }
+}
+
 fn execute(line: CommandLine) -> Result<u8, Error> {
+    let stand_in = match &line.command {
+        Command::StandIn(options) => match stand_in::prepare(options) {
+            None => return Ok(REFUSED),
+            prepared => prepared,
+        },
+        _ => None,
+    };
     let supervise = matches!(line.command, Command::Supervise(_));
     if supervise || matches!(line.command, Command::Reap(_)) {
         let failed = |source| Error::Io {
@@ -161,6 +236,9 @@ fn execute(line: CommandLine) -> Result<u8, Error> {
         source,
     })?;
     config.log_level = line.global.log_level.unwrap_or(config.log_level);
+    if line.global.runtime.debug {
+        config.log_level = config.log_level.max(LogLevel::Debug);
+    }
     let log: &'static LogFile = Box::leak(Box::default());
     start_logging(&config, supervise.then_some(log));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -171,7 +249,10 @@ fn execute(line: CommandLine) -> Result<u8, Error> {
         what: "can't start the runtime".into(),
         source,
     })?;
-    let result = runtime.block_on(dispatch(&config, line.command, log));
+    let result = match stand_in {
+        Some(prepared) => stand_in::run(&runtime, config, prepared),
+        None => runtime.block_on(dispatch(&config, line.command, log)),
+    };
     // A thread may still sit in a read of standard input.
     runtime.shutdown_background();
     result
@@ -181,11 +262,25 @@ async fn dispatch(config: &Config, command: Command, log: &'static LogFile) -> R
     match command {
         Command::Run(options) => return run::run(config, &options).await,
         Command::Exec(options) => return exec::exec(config, &options).await,
-        Command::Ps(options) => inspect::list(config, options.json).await?,
-        Command::Kill(options) => {
-            let (task, process) = live(config, &options.target.id).await?;
-            task.kill(&process, options.signal.0, options.all).await?;
-        }
+        Command::Ps(options) => match &options.id {
+            Some(id) => list::processes(config, id, options.format)?,
+            None => {
+                inspect::list(
+                    config,
+                    options.json.json || options.format == ListFormat::Json,
+                )
+                .await?;
+            }
+        },
+        Command::List(options) if options.json.json => inspect::list(config, true).await?,
+        Command::List(options) => list::list(config, &options).await?,
+        Command::Events(options) => events::events(config, &options).await?,
+        Command::Update(options) => update::update(config, &options).await?,
+        Command::Features => println!("{}", inspect::features()),
+        Command::Spec(options) => bundle::write_spec(options.bundle.as_deref())?,
+        Command::Create(options) => create::create(config, &options).await?,
+        Command::Start(target) => lifecycle::start(config, &target.id).await?,
+        Command::Kill(options) => lifecycle::kill(config, &options).await?,
         Command::State(target) => inspect::state(config, &target.id).await?,
         Command::Delete(options) => {
             delete::delete(config, &options.target.id, options.force).await?;
@@ -193,14 +288,17 @@ async fn dispatch(config: &Config, command: Command, log: &'static LogFile) -> R
         Command::Stats(options) => inspect::stats(config, &options).await?,
         Command::Logs(options) => inspect::logs(config, &options)?,
         Command::Console(target) => inspect::console(config, &target.id)?,
-        Command::Pause(target) => {
-            let (task, process) = live(config, &target.id).await?;
-            task.pause(&process.container).await?;
+        Command::Pause(target) => lifecycle::pause(config, &target.id).await?,
+        Command::Resume(target) => lifecycle::resume(config, &target.id).await?,
+        Command::Checkpoint(_) => return Err(Error::Unsupported { what: "checkpoint" }),
+        Command::Restore(_) => return Err(Error::Unsupported { what: "restore" }),
+        Command::Exhaust(options) => {
+            oom::take_memory(&options.cgroup).map_err(|source| Error::Io {
+                what: "can't take memory".into(),
+                source,
+            })?;
         }
-        Command::Resume(target) => {
-            let (task, process) = live(config, &target.id).await?;
-            task.resume(&process.container).await?;
-        }
+        Command::StandIn(_) => unreachable!("it is not dispatched"),
         Command::Check(options) => return Ok(check(config, options.json)),
         Command::Version(options) => version(config, options.json),
         Command::Supervise(options) => supervisor::serve(log, &config.root, &options.id).await?,
@@ -222,7 +320,7 @@ fn start_logging(config: &Config, file: Option<&'static LogFile>) {
         std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
         return;
     }
-    if config.log_level > crate::config::LogLevel::Info {
+    if config.log_level > LogLevel::Info {
         let filter = tracing_subscriber::EnvFilter::new(level);
         tracing_subscriber::fmt()
             .with_env_filter(filter)
@@ -268,113 +366,6 @@ fn staging_directory(root: &Path, id: &SandboxId) -> PathBuf {
     root.join(format!(".{id}"))
 }
 
-/// A sandbox by what it wrote.
-#[derive(Debug)]
-struct Found {
-    id: SandboxId,
-    root: PathBuf,
-    state: State,
-}
-
-impl Found {
-    fn sandbox(config: &Config, id: &SandboxId) -> Result<Self, Error> {
-        let (id, root) = (id.clone(), config.root.clone());
-        match State::load(&root, &id)? {
-            Some(state) => Ok(Self { id, root, state }),
-            None => Err(Error::NoSandbox { id, root }),
-        }
-    }
-
-    /// The sandbox's directory, which also one has whose state can't be read.
-    fn directory(config: &Config, id: &SandboxId) -> Result<PathBuf, Error> {
-        let directory = config.root.join(id);
-        if directory.is_dir() {
-            Ok(directory)
-        } else {
-            Err(Error::NoSandbox {
-                id: id.clone(),
-                root: config.root.clone(),
-            })
-        }
-    }
-
-    fn alive(&self) -> bool {
-        self.state.supervisor.is_alive()
-    }
-
-    /// The container of the sandbox's own name, or the only one.
-    fn container(&self) -> Result<(ContainerId, &ContainerRecord), Error> {
-        let containers = &self.state.containers;
-        let own = containers
-            .iter()
-            .find(|(id, _)| id.as_str() == self.id.as_str());
-        let only = containers
-            .first_key_value()
-            .filter(|_| containers.len() == 1);
-        let (id, record) = own.or(only).ok_or_else(|| {
-            let names = containers
-                .keys()
-                .map(ContainerId::as_str)
-                .collect::<Vec<_>>()
-                .join(", ");
-            Error::NoContainer {
-                id: self.id.clone(),
-                names: if names.is_empty() {
-                    "none".into()
-                } else {
-                    names
-                },
-            }
-        })?;
-        Ok((id.clone(), record))
-    }
-
-    /// Why a container ended, where its own process was not the cause.
-    fn reason(&self, record: &ContainerRecord) -> Option<String> {
-        if let Some(exit) = &record.exit {
-            let oom = exit.oom_killed.then(|| "out of memory".to_owned());
-            return exit.reason.clone().or(oom);
-        }
-        match &self.state.status {
-            Status::Stopped { reason } => Some(reason.clone()),
-            _ if !self.alive() => Some("its supervisor died".into()),
-            _ => None,
-        }
-    }
-
-    /// A supervisor that can't be reached is dead, or about to be.
-    fn why_gone(&self, error: TaskError) -> Error {
-        if !matches!(error, TaskError::Connect { .. } | TaskError::Gone) {
-            return error.into();
-        }
-        let reason = match &self.state.status {
-            Status::Stopped { reason } => reason.clone(),
-            _ if self.alive() => one_line(&error),
-            _ => "its supervisor died; coffer delete removes what is left".into(),
-        };
-        Error::Dead {
-            id: self.id.clone(),
-            reason,
-        }
-    }
-}
-
-/// A sandbox whose supervisor answers, and its container's init process.
-async fn live(config: &Config, id: &SandboxId) -> Result<(Task, Process), Error> {
-    let found = Found::sandbox(config, id)?;
-    let (container, _) = found.container()?;
-    let task = Task::connect(&config.root, id)
-        .await
-        .map_err(|error| found.why_gone(error))?;
-    Ok((
-        task,
-        Process {
-            container: container.to_string(),
-            exec: String::new(),
-        },
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -410,6 +401,40 @@ mod tests {
     }
 
     #[test]
+    fn the_command_lines_of_engines_are_taken() {
+        for line in [
+            "--log-format=json --log F create --bundle B --pid-file P --no-pivot --no-new-keyring --console-socket S ID",
+            "--systemd-cgroup --root=/r create ID --bundle=B --preserve-fds 0",
+            "exec --pid-file P --process F --detach --tty --console-socket S ID",
+            "exec -d --console-socket=S --tty --pid-file=P ID sh -c x --bundle",
+            "--debug exec --env k=v ID -- ls -l",
+            "exec --process F ID",
+            "start ID --root /r",
+            "--rootless=false state ID",
+            "--rootless state ID",
+            "kill -a ID 9",
+            "kill --all ID SIGRTMIN+1",
+            "kill ID",
+            "delete --force ID",
+            "update --resources=- ID",
+            "update --resources - ID",
+            "update --memory -1 --cpu-share 512 ID",
+            "ps --format json ID",
+            "list --format=json",
+            "list -q",
+            "events --stats ID",
+            "events --interval=5s ID",
+            "run --bundle B --pid-file P --detach ID",
+            "checkpoint --help",
+            "restore --detach --image-path C --tcp-established ID",
+            "features",
+        ] {
+            let parsed = CommandLine::try_parse_from(["coffer"].into_iter().chain(line.split(' ')));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+        }
+    }
+
+    #[test]
     fn an_error_is_one_line_with_its_causes() {
         let source = io::Error::from_raw_os_error(libc::ENOSPC);
         let error = Error::Io {
@@ -425,7 +450,7 @@ mod tests {
                 error.exit_status(),
                 Error::Interrupted(Signal::SIGINT).exit_status()
             ),
-            (125, 130)
+            (None, Some(130))
         );
     }
 }

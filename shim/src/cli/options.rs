@@ -1,16 +1,22 @@
 //! The command line: every option of `coffer`, with the text of its help.
 
-use super::values::{Cpus, MemorySize, SignalNumber, Ulimit, Volume, parse_env, parse_pair};
+use super::values::{
+    Cpus, Limit, MemorySize, SignalNumber, Ulimit, Volume, parse_duration, parse_env, parse_pair,
+};
 use crate::config::{HypervisorChoice, LogLevel};
 use clap::{Args, Parser, Subcommand};
 use coffer_proto::ids::SandboxId;
 use std::path::PathBuf;
+use std::time::Duration;
+
+/// What `--version` prints after the name, in the lines that engines know from runc.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
 
 /// Runs containers in microVMs of their own.
 #[derive(Debug, Parser)]
 #[command(
     name = "coffer",
-    version,
+    version = VERSION,
     propagate_version = true,
     max_term_width = 100,
     after_help = "\
@@ -43,6 +49,37 @@ pub(super) struct GlobalOptions {
     /// Log lines to keep: on stderr, and in the supervisor's log for run
     #[arg(long, global = true, value_name = "LEVEL")]
     pub(super) log_level: Option<LogLevel>,
+    #[command(flatten)]
+    pub(super) runtime: RuntimeOptions,
+}
+
+/// Options that container engines give every OCI runtime, as runc has them.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options for container engines")]
+pub(super) struct RuntimeOptions {
+    /// Also write an error to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) log: Option<PathBuf>,
+    /// How it is written there
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    pub(super) log_format: LogFormat,
+    /// Log debug lines
+    #[arg(long, global = true)]
+    pub(super) debug: bool,
+    /// Taken and not needed: the form of linux.cgroupsPath tells who made it
+    #[arg(long, global = true)]
+    pub(super) systemd_cgroup: bool,
+    /// Only false and auto: VMs need root
+    #[arg(long, global = true, value_name = "true|false|auto", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true")]
+    pub(super) rootless: Option<String>,
+}
+
+/// Form of the file that `--log` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum LogFormat {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -51,15 +88,29 @@ pub(super) enum Command {
     Run(Box<RunOptions>),
     /// Run a further process in a running container
     Exec(ExecOptions),
-    /// List sandboxes, also dead ones
-    #[command(visible_alias = "list", visible_alias = "ls")]
-    Ps(JsonOption),
+    /// List sandboxes, also dead ones; or, of one container, the processes of the host that stand for it
+    #[command(visible_alias = "ls")]
+    Ps(PsOptions),
+    /// List containers
+    List(ListOptions),
+    /// Create a container of an OCI bundle, in a new microVM or in that of its pod
+    Create(CreateOptions),
+    /// Let a created container run its program
+    Start(Target),
     /// Send a signal to a container's init process
     Kill(KillOptions),
     /// Print a container's OCI state as JSON
     State(Target),
-    /// Remove a sandbox and everything it has on the host
+    /// Remove a container, and with the last one its sandbox
     Delete(DeleteOptions),
+    /// Print what a container uses as an OCI runtime does, and when it runs out of memory
+    Events(EventsOptions),
+    /// Change the limits of a running container
+    Update(Box<UpdateOptions>),
+    /// Print what of the OCI runtime specification is supported, as JSON
+    Features,
+    /// Write a config.json to begin with
+    Spec(SpecOptions),
     /// Print what a container uses
     Stats(StatsOptions),
     /// Print the output of a detached container
@@ -74,12 +125,36 @@ pub(super) enum Command {
     Check(JsonOption),
     /// Print the versions of Coffer and its guest image
     Version(JsonOption),
+    /// Not supported
+    #[command(disable_help_flag = true)]
+    Checkpoint(Anything),
+    /// Not supported
+    #[command(disable_help_flag = true)]
+    Restore(Anything),
+    /// Runs out of memory on purpose; started by a stand-in whose container did
+    #[command(hide = true)]
+    Exhaust(ExhaustOptions),
+    /// Stands for a process of the guest; started by create and exec
+    #[command(hide = true)]
+    StandIn(StandInOptions),
     /// The supervisor of one sandbox; its options come as JSON on standard input
     #[command(hide = true)]
     Supervise(IdOption),
     /// Waits for a container's end and deletes its sandbox; started by run --detach --rm
     #[command(hide = true)]
     Reap(IdOption),
+}
+
+impl Command {
+    /// Exit status when Coffer failed: of its own for the two that end with a program's.
+    pub(super) fn failure_status(&self) -> u8 {
+        match self {
+            // As runc has it, for those who use it so.
+            Self::Exec(options) if options.block.is_some() || options.detach => super::NO_EXEC,
+            Self::Run(_) | Self::Exec(_) => super::FAILED,
+            _ => super::REFUSED,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -91,8 +166,54 @@ pub(super) struct JsonOption {
 
 #[derive(Debug, Args)]
 pub(super) struct Target {
-    /// The sandbox
+    /// The container, or the sandbox of one
     pub(super) id: SandboxId,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CreateOptions {
+    /// Directory of the OCI bundle [default: the current one]
+    #[arg(long, short, value_name = "DIR")]
+    pub(super) bundle: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) detached: DetachedOptions,
+    #[command(flatten)]
+    pub(super) compatible: CompatibleOptions,
+    #[command(flatten)]
+    pub(super) target: Target,
+}
+
+/// What a caller wants of a process that stays behind.
+#[derive(Debug, Default, Args)]
+pub(super) struct DetachedOptions {
+    /// Where to write the pid of the process that stands for the container
+    #[arg(long, value_name = "FILE")]
+    pub(super) pid_file: Option<PathBuf>,
+    /// Unix socket that is sent the terminal's master
+    #[arg(long, value_name = "SOCKET")]
+    pub(super) console_socket: Option<PathBuf>,
+    /// Descriptors from 3 on for the process; none can be passed into a VM
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub(super) preserve_fds: u32,
+}
+
+/// Arguments of a command that is not there, so that whoever probes for it gets the answer.
+#[derive(Debug, Args)]
+pub(super) struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub(super) words: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExhaustOptions {
+    pub(super) cgroup: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StandInOptions {
+    /// Inherited socket on which the order comes
+    #[arg(long)]
+    pub(super) control: i32,
 }
 
 #[derive(Debug, Args)]
@@ -132,20 +253,38 @@ pub(super) struct RunOptions {
     /// Print the timings as JSON
     #[arg(long, requires = "timings")]
     pub(super) json: bool,
+    /// With a bundle and a name: keep the container when it has ended
+    #[arg(long, requires = "bundle")]
+    pub(super) keep: bool,
+    #[command(flatten)]
+    pub(super) detached: DetachedOptions,
+    #[command(flatten)]
+    pub(super) compatible: CompatibleOptions,
     #[command(flatten)]
     pub(super) container: ContainerOptions,
 }
 
+/// Options of runc that mean nothing here, and are taken all the same.
+#[derive(Debug, Args)]
+pub(super) struct CompatibleOptions {
+    /// Taken and not needed: the guest has a root of its own
+    #[arg(long)]
+    pub(super) no_pivot: bool,
+    /// Taken and not needed: keyrings of the host do not reach the guest
+    #[arg(long)]
+    pub(super) no_new_keyring: bool,
+}
+
 /// What to run. Exactly one.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(required = true, multiple = true)]
 pub(super) struct SourceOptions {
-    /// OCI bundle directory
+    /// OCI bundle directory; with a name after it, run as an OCI runtime does
     #[arg(long, value_name = "DIR", conflicts_with_all = ["netns", "volumes", "hostname", "read_only", "cap_add",
         "cap_drop", "ulimits", "sysctls", "command", "env", "workdir", "user", "tty"])]
     pub(super) bundle: Option<PathBuf>,
     /// Root directory of the container
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["bundle", "image"])]
     pub(super) rootfs: Option<PathBuf>,
     /// Image layout or archive, as PATH or PATH:NAME
     #[arg(value_name = "IMAGE")]
@@ -205,7 +344,7 @@ pub(super) struct ProcessOptions {
     #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_env)]
     pub(super) env: Vec<String>,
     /// Working directory
-    #[arg(long, short, value_name = "DIR")]
+    #[arg(long, short, visible_alias = "cwd", value_name = "DIR")]
     pub(super) workdir: Option<String>,
     /// User and group, by name or number
     #[arg(long, short, value_name = "USER[:GROUP]")]
@@ -216,14 +355,41 @@ pub(super) struct ProcessOptions {
 #[command(after_help = "\
 Examples:
   coffer exec web -- cat /proc/meminfo
-  coffer exec -it --user 1000 --workdir /srv web -- sh")]
+  coffer exec -it --user 1000 --workdir /srv web -- sh
+  coffer exec --detach --process process.json --pid-file pid web")]
 pub(super) struct ExecOptions {
     #[command(flatten)]
     pub(super) process: ProcessOptions,
+    /// OCI process block as JSON, instead of the options that shape one; standard input is passed on
+    #[arg(long = "process", short = 'p', value_name = "FILE",
+        conflicts_with_all = ["env", "workdir", "user", "caps", "additional_gids", "no_new_privs"])]
+    pub(super) block: Option<PathBuf>,
+    /// Leave a process behind that stands for the new one
+    #[arg(long, short)]
+    pub(super) detach: bool,
+    #[command(flatten)]
+    pub(super) detached: DetachedOptions,
+    /// Give a capability
+    #[arg(long = "cap", short = 'c', value_name = "CAPABILITY")]
+    pub(super) caps: Vec<String>,
+    /// Give a further group
+    #[arg(long, short = 'g', value_name = "GID")]
+    pub(super) additional_gids: Vec<u32>,
+    /// No privileges by execve(2)
+    #[arg(long)]
+    pub(super) no_new_privs: bool,
+    /// Also in a paused container; the process waits until that goes on
+    #[arg(long)]
+    pub(super) ignore_paused: bool,
     #[command(flatten)]
     pub(super) target: Target,
     /// Program and arguments
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        required_unless_present = "block",
+        value_name = "COMMAND"
+    )]
     pub(super) command: Vec<String>,
 }
 
@@ -246,6 +412,100 @@ pub(super) struct DeleteOptions {
     pub(super) force: bool,
     #[command(flatten)]
     pub(super) target: Target,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PsOptions {
+    #[command(flatten)]
+    pub(super) json: JsonOption,
+    /// Form of the list
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub(super) format: ListFormat,
+    /// Only this container's processes
+    pub(super) id: Option<SandboxId>,
+    /// Taken for the sake of runc's callers, and not needed
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub(super) ps_options: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ListOptions {
+    #[command(flatten)]
+    pub(super) json: JsonOption,
+    /// Form of the list
+    #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+    pub(super) format: ListFormat,
+    /// Only the ids
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum ListFormat {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EventsOptions {
+    /// Once, and end
+    #[arg(long)]
+    pub(super) stats: bool,
+    /// Time between two lines, such as 5s or 500ms
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    pub(super) interval: Duration,
+    #[command(flatten)]
+    pub(super) target: Target,
+}
+
+/// Options of update, as runc has them. What is not given stays.
+#[derive(Debug, Args)]
+pub(super) struct UpdateOptions {
+    /// File with OCI resources as JSON, - for standard input; then nothing else counts
+    #[arg(long, short, value_name = "FILE")]
+    pub(super) resources: Option<PathBuf>,
+    /// Weight of block I/O, 10 to 1000
+    #[arg(long, value_name = "NUMBER")]
+    pub(super) blkio_weight: Option<u16>,
+    /// Period of the CPU quota in microseconds
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(super) cpu_period: Option<u64>,
+    /// CPU time per period in microseconds, -1 for no limit
+    #[arg(long, value_name = "MICROSECONDS", allow_hyphen_values = true)]
+    pub(super) cpu_quota: Option<i64>,
+    /// CPU time that may be saved up, in microseconds
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(super) cpu_burst: Option<u64>,
+    /// CPU weight, 2 to 262144
+    #[arg(long, visible_alias = "cpu-shares", value_name = "NUMBER")]
+    pub(super) cpu_share: Option<u64>,
+    /// CPUs to run on
+    #[arg(long, value_name = "LIST")]
+    pub(super) cpuset_cpus: Option<String>,
+    /// Memory nodes to use
+    #[arg(long, value_name = "LIST")]
+    pub(super) cpuset_mems: Option<String>,
+    /// Memory limit, such as 512m; -1 for none
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(super) memory: Option<Limit>,
+    /// Memory that is kept when memory is short
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(super) memory_reservation: Option<Limit>,
+    /// Memory and swap together
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(super) memory_swap: Option<Limit>,
+    /// Number of processes, -1 for no limit
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
+    pub(super) pids_limit: Option<i64>,
+    #[command(flatten)]
+    pub(super) target: Target,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SpecOptions {
+    /// Directory for it [default: the current one]
+    #[arg(long, short, value_name = "DIR")]
+    pub(super) bundle: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -2,11 +2,11 @@
 
 use super::client::{Process, StdioPaths, Task};
 use super::options::{RunOptions, SourceOptions};
-use super::session::{Caller, Session};
+use super::session::{Caller, FORWARDED, Session};
 use super::stdio::Fifos;
 use super::supervisor::{self, Supervisor};
 use super::values::{Cpus, MemorySize};
-use super::{Error, bundle, timings};
+use super::{Error, bundle, oci_run, timings};
 use crate::check;
 use crate::config::Config;
 use crate::machine::SandboxOptions;
@@ -27,8 +27,11 @@ pub(super) const OUTPUT_FILE: &str = "output.log";
 
 /// Runs it; gives the exit status of the container, or 0 when it is detached.
 pub(super) async fn run(config: &Config, options: &RunOptions) -> Result<u8, Error> {
+    if let (Some(bundle), Some(id)) = (&options.source.bundle, &options.source.image) {
+        return oci_run::run(config, id, bundle, options).await;
+    }
     let began = Instant::now();
-    let mut caller = Caller::listen()?;
+    let mut caller = Caller::listen(&FORWARDED)?;
     let id = options.name.clone().map_or_else(random_id, Ok)?;
     let choice = check::choose_hypervisor(
         options.hypervisor.unwrap_or(config.hypervisor),
@@ -201,11 +204,7 @@ impl Run<'_> {
             directory.join("io"),
             self.options.container.process.interactive,
             terminal,
-        );
-        let fifos = fifos.map_err(|source| Error::Io {
-            what: "can't make the container's fifos".into(),
-            source,
-        })?;
+        )?;
         let create = async {
             let paths = fifos.paths();
             let created = task.create(&process.container, &bundle, &paths).await;

@@ -2,22 +2,22 @@
 
 use super::Error;
 use super::client::{Process, Task};
-use super::stdio::{Copying, Fifos};
-use super::terminal::{RawMode, window_size};
+use super::stdio::{Copying, Fifos, SILENCE};
+use super::terminal::{RawMode, unusable, window_size};
 use nix::sys::signal::Signal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::mpsc;
 
-/// Signals that are passed on to the process. Others have a meaning for this program, or none for it.
-const FORWARDED: [Signal; 6] = [
-    Signal::SIGHUP,
-    Signal::SIGINT,
-    Signal::SIGQUIT,
-    Signal::SIGTERM,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
+/// Signals that a command in the foreground passes on. Others have a meaning for this program, or none for it.
+pub(super) const FORWARDED: [i32; 6] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
 ];
 /// Exit status of a process whose output nobody takes: as if SIGPIPE had ended it.
 const BROKEN_PIPE: u8 = 128 + 13;
@@ -25,30 +25,38 @@ const BROKEN_PIPE: u8 = 128 + 13;
 /// The caller's signals from the moment this is made, so that none ends this program before it has cleaned up.
 #[derive(Debug)]
 pub(super) struct Caller {
-    signals: mpsc::Receiver<Signal>,
+    signals: mpsc::Receiver<i32>,
     window: Signals,
     interrupted: Arc<AtomicBool>,
 }
 
 /// Whether a signal ends this program while there is no process to pass it on to.
-fn interrupts(signal: Signal) -> bool {
-    !matches!(signal, Signal::SIGUSR1 | Signal::SIGUSR2)
+fn interrupts(signal: i32) -> Option<Signal> {
+    let signal = Signal::try_from(signal).ok()?;
+    let ends = [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+    ];
+    ends.contains(&signal).then_some(signal)
 }
 
 impl Caller {
-    pub(super) fn listen() -> Result<Self, Error> {
+    /// Listens to these signals, and to changes of the window's size.
+    pub(super) fn listen(kinds: &[i32]) -> Result<Self, Error> {
         let failed = |source| Error::Io {
             what: "can't handle signals".into(),
             source,
         };
         let (sender, signals) = mpsc::channel(16);
         let interrupted = Arc::new(AtomicBool::new(false));
-        for kind in FORWARDED {
-            let mut stream = signal(SignalKind::from_raw(kind as i32)).map_err(failed)?;
+        for &kind in kinds {
+            let mut stream = signal(SignalKind::from_raw(kind)).map_err(failed)?;
             let (sender, interrupted) = (sender.clone(), interrupted.clone());
             tokio::spawn(async move {
                 while stream.recv().await.is_some() && sender.send(kind).await.is_ok() {
-                    interrupted.fetch_or(interrupts(kind), Ordering::Relaxed);
+                    interrupted.fetch_or(interrupts(kind).is_some(), Ordering::Relaxed);
                 }
             });
         }
@@ -57,6 +65,14 @@ impl Caller {
             window: signal(SignalKind::window_change()).map_err(failed)?,
             interrupted,
         })
+    }
+
+    /// The next signal, also that of a change of the window's size.
+    pub(super) async fn next_signal(&mut self) -> i32 {
+        tokio::select! {
+            Some(signal) = self.signals.recv() => signal,
+            _ = self.window.recv() => libc::SIGWINCH,
+        }
     }
 
     /// Becomes true with the first signal that would end this program, for work that blocks its thread.
@@ -74,15 +90,18 @@ impl Caller {
             tokio::select! {
                 biased;
                 Some(signal) = self.signals.recv() => {
-                    if interrupts(signal) {
+                    if let Some(signal) = interrupts(signal) {
                         return Err(Error::Interrupted(signal));
                     }
                 }
-                done = &mut work => match (done, self.signals.try_recv()) {
-                    // Work that blocked has ended because of the signal.
-                    (Err(_), Ok(signal)) if interrupts(signal) => return Err(Error::Interrupted(signal)),
-                    (done, _) => return done,
-                },
+                done = &mut work => {
+                    let signal = self.signals.try_recv().ok().and_then(interrupts);
+                    return match (done, signal) {
+                        // Work that blocked has ended because of the signal.
+                        (Err(_), Some(signal)) => Err(Error::Interrupted(signal)),
+                        (done, _) => done,
+                    };
+                }
             }
         }
     }
@@ -101,23 +120,27 @@ impl Session {
     pub(super) async fn run(&self, fifos: Fifos, caller: &mut Caller) -> Result<u8, Error> {
         let mut copying = fifos.connect();
         let raw = if self.terminal {
-            RawMode::enter().map_err(|source| Error::Io {
-                what: "can't set up the terminal".into(),
-                source,
-            })?
+            RawMode::enter().map_err(unusable)?
         } else {
             None
         };
         self.resize().await;
-        self.task.start(&self.process).await?;
-        self.resize().await;
+        self.start().await?;
         let status = self.attend(&copying, caller).await;
-        copying.drained().await;
+        copying.drained(SILENCE).await;
         drop(raw);
         status
     }
 
-    async fn attend(&self, copying: &Copying, caller: &mut Caller) -> Result<u8, Error> {
+    /// Lets the process run. Its terminal may have been made only now.
+    pub(super) async fn start(&self) -> Result<(), Error> {
+        self.task.start(&self.process).await?;
+        self.resize().await;
+        Ok(())
+    }
+
+    /// Passes on what the caller sends until the process has ended; gives its exit status.
+    pub(super) async fn attend(&self, copying: &Copying, caller: &mut Caller) -> Result<u8, Error> {
         let ended = self.task.wait(&self.process);
         tokio::pin!(ended);
         let (mut input_open, mut output_open) = (true, true);
@@ -136,24 +159,25 @@ impl Session {
                 }
                 () = copying.output_closed(), if output_open => {
                     output_open = false;
-                    self.signal(Signal::SIGKILL).await;
+                    self.signal(libc::SIGKILL).await;
                 }
             }
         }
     }
 
     /// A process that has just ended takes no signal, and its end is reported anyway.
-    async fn signal(&self, signal: Signal) {
+    async fn signal(&self, signal: i32) {
         if let Err(error) = self
             .task
-            .kill(&self.process, (signal as i32).unsigned_abs(), false)
+            .kill(&self.process, signal.unsigned_abs(), false)
             .await
         {
-            tracing::debug!(%error, %signal, "signal not delivered");
+            tracing::debug!(%error, signal, "signal not delivered");
         }
     }
 
-    async fn resize(&self) {
+    /// Gives the guest's terminal the size of the caller's, if it has one.
+    pub(super) async fn resize(&self) {
         let Some((rows, columns)) = window_size().filter(|_| self.terminal) else {
             return;
         };

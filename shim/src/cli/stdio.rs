@@ -3,6 +3,7 @@
 //! A fifo reads as ended while nobody has its other end. So the client holds both ends of each until the supervisor has
 //! opened its own, which it has when Create or Exec returned; from then on the end of a stream is its end.
 
+use super::Error;
 use super::client::StdioPaths;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::Mode;
@@ -22,7 +23,7 @@ use tokio::sync::{Notify, watch};
 const BUFFER_BYTES: usize = 256 << 10;
 /// A process that ended may leave others that hold its streams open. After this long without a byte they are not
 /// waited for any more.
-const SILENCE: Duration = Duration::from_secs(10);
+pub(super) const SILENCE: Duration = Duration::from_secs(10);
 
 /// Fifos that are open on the client's side.
 #[derive(Debug)]
@@ -68,7 +69,18 @@ impl Fifo {
 
 impl Fifos {
     /// Makes the fifos in a new directory.
-    pub(super) fn make(directory: PathBuf, interactive: bool, terminal: bool) -> io::Result<Self> {
+    pub(super) fn make(
+        directory: PathBuf,
+        interactive: bool,
+        terminal: bool,
+    ) -> Result<Self, Error> {
+        Self::make_in(directory, interactive, terminal).map_err(|source| Error::Io {
+            what: "can't make the fifos of the process".into(),
+            source,
+        })
+    }
+
+    fn make_in(directory: PathBuf, interactive: bool, terminal: bool) -> io::Result<Self> {
         DirBuilder::new().mode(0o700).create(&directory)?;
         let directory = Directory(directory);
         let stdin = interactive
@@ -172,11 +184,11 @@ impl Copying {
     }
 
     /// Waits until everything the process wrote was written out. Nobody takes the rest of an output that the caller
-    /// closed; whoever still writes to it ends with the process's streams.
-    pub(super) async fn drained(&mut self) {
+    /// closed; whoever still writes to it ends with the process's streams. `silence` without a byte is an end as well.
+    pub(super) async fn drained(&mut self, silence: Duration) {
         while !self.shared.closed.load(Ordering::Relaxed) {
             let before = self.shared.progress.load(Ordering::Relaxed);
-            let done = tokio::time::timeout(SILENCE, self.open.wait_for(|open| *open == 0)).await;
+            let done = tokio::time::timeout(silence, self.open.wait_for(|open| *open == 0)).await;
             let silent = self.shared.progress.load(Ordering::Relaxed) == before
                 && self.shared.writing.load(Ordering::Relaxed) == 0;
             if done.is_ok() || silent {

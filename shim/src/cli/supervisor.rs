@@ -130,7 +130,8 @@ pub(super) fn start_reaper(root: &Path, id: &SandboxId) -> Result<(), Error> {
     })
 }
 
-fn this_program(root: &Path) -> Result<Command, Error> {
+/// This program with its root; it is started in `/`.
+pub(super) fn this_program(root: &Path) -> Result<Command, Error> {
     let program = std::env::current_exe();
     let program = program.map_err(|source| Error::Io {
         what: "can't find the own program".into(),

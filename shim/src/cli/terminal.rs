@@ -1,5 +1,6 @@
 //! The caller's terminal.
 
+use super::Error;
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::io::{self, IsTerminal};
 use std::os::fd::AsRawFd;
@@ -31,6 +32,13 @@ impl Drop for RawMode {
     fn drop(&mut self) {
         // The terminal may be gone by now, and then there is nothing to restore.
         let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
+    }
+}
+
+pub(super) fn unusable(source: io::Error) -> Error {
+    Error::Io {
+        what: "can't set up the terminal".into(),
+        source,
     }
 }
 

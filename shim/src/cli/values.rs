@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 use oci_spec::runtime::PosixRlimitType;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Least memory of a container, as docker has it; less does not even hold a shell's pages.
 const MIN_MEMORY_BYTES: i64 = 6 << 20;
@@ -48,6 +49,46 @@ impl MemorySize {
             .saturating_add(overhead_mib)
             .clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB)
     }
+}
+
+/// A limit in bytes that update sets: a size, or -1 for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limit(pub(super) i64);
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "-1" {
+            return Ok(Self(-1));
+        }
+        if let Ok(bytes) = text.parse::<u64>() {
+            return i64::try_from(bytes)
+                .map(Self)
+                .map_err(|error| error.to_string());
+        }
+        text.parse::<MemorySize>().map(|size| Self(size.0))
+    }
+}
+
+/// A duration as Go programs write it: `5s`, `500ms`, `1m`.
+pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let expected = || "expected a number with ms, s, m or h, such as 5s".to_owned();
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| expected())?;
+    let duration = match &text[digits..] {
+        "ms" => Duration::from_millis(number),
+        "s" => Duration::from_secs(number),
+        "m" => Duration::from_secs(number.saturating_mul(60)),
+        "h" => Duration::from_secs(number.saturating_mul(3600)),
+        _ => return Err(expected()),
+    };
+    if duration.is_zero() {
+        return Err("expected more than nothing".into());
+    }
+    Ok(duration)
 }
 
 /// A number of processors, in thousandths: `2`, `0.5`.
@@ -248,6 +289,21 @@ mod tests {
             assert!(parse(bad).is_err(), "{bad} was taken");
         }
         assert_eq!(MemorySize((300 << 20) + 1).vm_mib(128), 429);
+    }
+
+    #[test]
+    fn limits_and_durations_are_those_of_runcs_callers() {
+        let limit = |text: &str| text.parse::<Limit>().map(|limit| limit.0);
+        assert_eq!(
+            (limit("-1"), limit("0"), limit("1024"), limit("64m")),
+            (Ok(-1), Ok(0), Ok(1024), Ok(64 << 20))
+        );
+        assert!(limit("-2").is_err() && limit("x").is_err());
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "5", "0s", "s", "5d", "-1s", "99999999999999999999s"] {
+            assert!(parse_duration(bad).is_err(), "{bad} was taken");
+        }
     }
 
     #[test]

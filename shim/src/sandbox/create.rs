@@ -91,6 +91,7 @@ impl Sandbox {
                 if wants_network(bundle.spec()) && !self.options().namespace.is_empty() {
                     pod.netns = Some(self.make_network()?);
                 }
+                pod.netns = pod.netns.or_else(|| self.stand_ins_network());
                 self.boot(pod).await?
             }
             Admission::Join => self.machine().await?,
@@ -163,11 +164,13 @@ impl Sandbox {
             let pid = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
             pid.parse().ok()
         });
+        let stood_for = named.and_then(|pid| self.container_of_stand_in(pid));
         let first = ContainerId::new(self.options().id.as_str()).ok();
         let new = new.clone();
         self.change(move |pod| {
             let by_pid = named.and_then(|pid| pod.container_of_pid(pid));
             let first = first.filter(|first| pod.container(first).is_ok());
+            let by_pid = stood_for.or(by_pid);
             by_pid.or(first).filter(|found| *found != new)
         })
         .await

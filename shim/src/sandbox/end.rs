@@ -109,7 +109,7 @@ impl Sandbox {
     }
 
     /// Writes the state where a failure must not keep the sandbox from going on.
-    fn record(&self, change: impl FnOnce(&mut crate::state::State)) {
+    pub(super) fn record(&self, change: impl FnOnce(&mut crate::state::State)) {
         if let Err(error) = self.shared.state.update(change) {
             tracing::error!(
                 error = chain(&error),
@@ -213,7 +213,10 @@ impl Sandbox {
             tracing::error!(container = %id, error = chain(&error), "the container's root is left mounted");
             return;
         }
-        self.record(|state| drop(state.containers.remove(id)));
+        self.record(|state| {
+            state.containers.remove(id);
+            state.stand_ins.retain(|known| known.container != *id);
+        });
     }
 }
 

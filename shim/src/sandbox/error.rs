@@ -14,6 +14,7 @@ use crate::state::StateError;
 use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::InvalidId;
 use std::io;
+use std::path::PathBuf;
 use ttrpc::Code;
 
 /// Why the sandbox did not do what it was asked.
@@ -59,6 +60,8 @@ pub enum Error {
     StandIn(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error("can't open the network namespace {path}")]
+    NetworkNamespace { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Hook(#[from] HookError),
     #[error(transparent)]

@@ -24,6 +24,7 @@ mod loop_device;
 pub mod pod;
 pub mod process;
 pub mod rootfs;
+mod stand_in;
 mod verbs;
 
 pub use error::Error;
@@ -71,6 +72,8 @@ struct Shared {
     own_network: OnceLock<OwnNetwork>,
     /// What is to run on the host when a container has started and ended.
     hooks: Mutex<BTreeMap<ContainerId, Arc<ContainerHooks>>>,
+    /// The pod's network namespace where it came with a process that stands for a container.
+    netns: OnceLock<File>,
 }
 
 /// The pod's network namespace where nobody made one before the pod.
@@ -116,6 +119,7 @@ impl Sandbox {
                 status,
                 own_network: OnceLock::new(),
                 hooks: Mutex::default(),
+                netns: OnceLock::new(),
             }),
         }
     }

@@ -40,9 +40,21 @@ pub fn programs_that_cannot_run(guest: &Guest) -> anyhow::Result<()> {
         for name in ["text", "script"] {
             make_executable(&draft.rootfs().join("etc").join(name))?;
         }
-        let mut running = draft.create()?;
-        match running.start() {
-            Err(Error::Exec { kind, message }) => {
+        let failure = match draft.create() {
+            Ok(mut running) => {
+                let failed = running.start();
+                same(
+                    "wait status",
+                    running.finish(guest)?.status,
+                    i32::from(expected),
+                )?;
+                running.container.delete()?;
+                failed.err()
+            }
+            Err(error) => Some(error),
+        };
+        match failure {
+            Some(Error::Exec { kind, message }) => {
                 same(program, kind.exit_status(), expected)?;
                 ensure!(
                     message.contains(text) && message.contains(program),
@@ -51,12 +63,6 @@ pub fn programs_that_cannot_run(guest: &Guest) -> anyhow::Result<()> {
             }
             other => bail!("{program}: {other:?}"),
         }
-        same(
-            "wait status",
-            running.finish(guest)?.status,
-            i32::from(expected),
-        )?;
-        running.container.delete()?;
         draft.check_gone()?;
     }
     Ok(())

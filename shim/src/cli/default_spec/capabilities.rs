@@ -91,7 +91,7 @@ pub(super) const CAPABILITIES: [&str; 41] = [
 ];
 
 /// `net_admin` and `CAP_NET_ADMIN` are the same.
-pub(super) fn capability(name: &str) -> Result<String, SpecError> {
+pub(in crate::cli) fn capability(name: &str) -> Result<String, SpecError> {
     let upper = name.to_ascii_uppercase();
     let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
     let known = CAPABILITIES.contains(&short);
