@@ -15,10 +15,11 @@ use super::options::{CreateOptions, DetachedOptions};
 use super::order::{self, Network, Order, Places, StandInProcess};
 use super::supervisor::{self, Supervisor};
 use super::view::{View, Volume};
-use super::{Error, cgroups_path, find, hooks, inspect, sizing};
+use super::{Error, cgroups_path, find, inspect};
 use crate::cgroup::SandboxCgroup;
 use crate::check;
 use crate::config::Config;
+use crate::hooks;
 use crate::lease::OciRecord;
 use crate::machine::SandboxOptions;
 use crate::sandbox::create::SANDBOX_ANNOTATIONS;
@@ -180,7 +181,6 @@ impl Creation<'_> {
         let is_pod = self.pod().is_some();
         let cgroup = cgroup.map(|cgroup| cgroups_path::of_sandbox(cgroup, id.as_str(), is_pod));
         let mut options = self.config.sandbox(id, choice.hypervisor);
-        sizing::apply(&mut options, self.bundle.spec(), self.config);
         options.cgroup = cgroup;
         Ok(options)
     }

@@ -3,10 +3,11 @@
 use super::client::{Process, Task};
 use super::find::{Found, live};
 use super::inspect::hook_state;
-use super::{Error, KILL_TAKES, hooks, staging_directory, supervisor};
+use super::{Error, KILL_TAKES, staging_directory, supervisor};
 use crate::cgroup::SandboxCgroup;
 use crate::cleanup;
 use crate::config::Config;
+use crate::hooks;
 use crate::machine::child::ProcessId;
 use crate::state::{State, StateFile};
 use coffer_proto::ids::{ContainerId, SandboxId};

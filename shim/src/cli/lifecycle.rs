@@ -5,8 +5,9 @@
 use super::client::{Process, Task, TaskError};
 use super::find::Found;
 use super::options::KillOptions;
-use super::{Error, hooks, inspect};
+use super::{Error, inspect};
 use crate::config::Config;
+use crate::hooks;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use containerd_shim_protos::ttrpc::Code;
 use std::time::Duration;

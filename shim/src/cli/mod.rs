@@ -4,7 +4,7 @@
 //! - [`run`] and [`exec`]: processes in the foreground ([`session`], [`stdio`], [`terminal`]).
 //! - [`bundle`], [`default_spec`], [`user`]: from a root directory or an image to an OCI bundle.
 //! - [`inspect`]: ps, state, stats, logs, console. [`delete`]: the end of a sandbox.
-//! - [`create`], [`lifecycle`], [`order`], [`stand_in`], [`view`], [`console`], [`hooks`]: what engines call by the OCI command line.
+//! - [`create`], [`lifecycle`], [`order`], [`stand_in`], [`view`], [`console`]: what engines call by the OCI command line.
 //! - [`client`]: the Task API; [`supervisor`]: the process that serves it.
 
 mod bundle;
@@ -17,7 +17,6 @@ mod delete;
 mod events;
 mod exec;
 mod find;
-mod hooks;
 mod inspect;
 mod lifecycle;
 mod list;
@@ -27,7 +26,6 @@ mod options;
 mod order;
 mod run;
 mod session;
-mod sizing;
 mod stand_in;
 mod stdio;
 mod supervisor;
@@ -43,6 +41,7 @@ use crate::cgroup::CgroupError;
 use crate::check::{self, NoHypervisor, Report};
 use crate::cleanup::CleanupError;
 use crate::config::{Config, ConfigError, LogLevel};
+use crate::hooks::HookError;
 use crate::lease::LeaseError;
 use crate::spec::SpecError;
 use crate::state::StateError;
@@ -113,7 +112,7 @@ enum Error {
     #[error(transparent)]
     Console(#[from] console::ConsoleError),
     #[error(transparent)]
-    Hook(#[from] hooks::HookError),
+    Hook(#[from] HookError),
     #[error(transparent)]
     View(#[from] view::ViewError),
     #[error(transparent)]
