@@ -6,8 +6,15 @@
 
 use serde_json::{Value, json};
 
-/// Hooks of the container's namespaces run in the guest; the others are the host's.
-const HOOKS: [&str; 2] = ["createContainer", "startContainer"];
+/// Those of the container's namespaces run in the guest, the others on the host.
+const HOOKS: [&str; 6] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
 
 /// Options of bind mounts and file systems that are flags for the kernel.
 const MOUNT_OPTIONS: &[&str] = &[
