@@ -5,6 +5,7 @@
 //!                     home.rs   dials the shim, serves the `Agent` service on that connection
 //!                     rpc.rs    one short method per verb ──► sandbox.rs ──► container/
 //!                     reaper.rs SIGCHLD ──► the process's exit
+//!                     mirror.rs  copies of small volumes, in which changes raise inotify events
 //!                     streams.rs one vsock connection per stdio stream
 //!                     forward.rs one per TCP connection that the host makes to the guest's loopback
 //! ```
@@ -21,6 +22,7 @@ mod forward;
 mod guest;
 mod home;
 mod init;
+mod mirror;
 mod network;
 mod pause;
 mod process;

@@ -12,15 +12,16 @@
 use crate::container::{self, Container};
 use crate::cpus::{self, CpuError};
 use crate::guest::{self, GuestError};
-use crate::network::{Interface, NetworkError};
+use crate::mirror::MirrorError;
+use crate::network::{Change, NetworkError};
 use crate::process::{Process, ProcessError, ProcessId, checked_signal};
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio::{Stdio, StdioError};
 use async_trait::async_trait;
 use coffer_proto::agent::{
-    self, ContainerRef, CreateContainerRequest, Empty, Event, ExecProcessRequest,
-    ListProcessesResponse, ProcessRef, ProcessResponse, ResizeTerminalRequest, Resync,
-    SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, StatContainerResponse,
+    self, ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Empty, Event,
+    ExecProcessRequest, ListProcessesResponse, ProcessRef, ProcessResponse, ResizeTerminalRequest,
+    Resync, SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, StatContainerResponse,
     StatGuestResponse, UpdateContainerRequest, WaitProcessResponse,
 };
 use coffer_proto::agent_ttrpc::Agent;
@@ -92,8 +93,19 @@ impl Agent for Verbs {
         _: &TtrpcContext,
         request: agent::Interface,
     ) -> RpcResult<Empty> {
-        let interface = Interface::try_from(&request).map_err(status)?;
-        self.to_the_end(|sandbox| async move { sandbox.configure_interface(&interface).await })
+        let change = Change::try_from(&request).map_err(status)?;
+        self.to_the_end(|sandbox| async move { sandbox.configure_interface(&change).await })
+            .await?;
+        Ok(Empty::new())
+    }
+
+    async fn change_mirror(
+        &self,
+        _: &TtrpcContext,
+        request: ChangeMirrorRequest,
+    ) -> RpcResult<Empty> {
+        let id = container_id(&request.container_id)?;
+        self.to_the_end(|sandbox| async move { sandbox.change_mirror(id, request).await })
             .await?;
         Ok(Empty::new())
     }
@@ -343,7 +355,8 @@ fn code(error: &SandboxError) -> Code {
             Code::FAILED_PRECONDITION
         }
         SandboxError::Network(NetworkError::Invalid { .. }) => Code::INVALID_ARGUMENT,
-        SandboxError::Network(NetworkError::NoCard(_)) => Code::NOT_FOUND,
+        SandboxError::Network(NetworkError::NoCard(_))
+        | SandboxError::Mirror(MirrorError::NoCopy { .. }) => Code::NOT_FOUND,
         SandboxError::Guest(GuestError::SysctlName(_) | GuestError::EntropyLength(_)) => {
             Code::INVALID_ARGUMENT
         }

@@ -5,7 +5,8 @@ use crate::container::{self, Container, SharedNamespaces, Started};
 use crate::cpus::CpuError;
 use crate::events::{Events, MemoryWatch};
 use crate::guest::{self, GuestError};
-use crate::network::{self, Interface, NetworkError};
+use crate::mirror::{self, MirrorError};
+use crate::network::{Cards, Change, Interface, NetworkError};
 use crate::pause::{self, PauseError};
 use crate::process::{Process, ProcessError, ProcessId, send_signal};
 use crate::reaper::{Expectation, Reaper};
@@ -56,6 +57,8 @@ pub enum SandboxError {
     Pause(#[from] PauseError),
     #[error(transparent)]
     Cpus(#[from] CpuError),
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
 }
 
 /// A process that never ran its program ends at once when it is told to.
@@ -72,6 +75,7 @@ pub struct Sandbox {
     /// Held while the sandbox is being started, which happens once.
     starting: tokio::sync::Mutex<()>,
     containers: Table<ContainerId, Member>,
+    cards: Cards,
 }
 
 /// A container of the pod with its processes.
@@ -93,6 +97,7 @@ impl Sandbox {
             pod: OnceLock::new(),
             starting: tokio::sync::Mutex::default(),
             containers: Table::default(),
+            cards: Cards::default(),
         }
     }
 
@@ -124,8 +129,10 @@ impl Sandbox {
         let (namespaces, request) =
             spawn_blocking(move || prepare_pod(&request, &own).map(|pod| (pod, request))).await??;
         for interface in &interfaces {
-            network::configure(interface).await?;
+            self.cards.configure(interface).await?;
         }
+        let names: Vec<&str> = interfaces.iter().map(|i| i.name.as_str()).collect();
+        self.cards.put_away_all_but(&names).await?;
         // After the interfaces: some sysctls are theirs.
         guest::set_sysctls(&request.sysctls)?;
         let _ = self.pod.set(Arc::new(namespaces));
@@ -237,10 +244,24 @@ impl Sandbox {
         Ok(process)
     }
 
-    /// Adds or replaces a network interface.
-    pub async fn configure_interface(&self, interface: &Interface) -> Result<(), SandboxError> {
+    /// Adds, replaces or takes away a network interface.
+    pub async fn configure_interface(&self, change: &Change) -> Result<(), SandboxError> {
         self.pod()?;
-        Ok(network::configure(interface).await?)
+        match change {
+            Change::Set(interface) => self.cards.configure(interface).await?,
+            Change::Gone(card) => self.cards.remove(*card).await?,
+        }
+        Ok(())
+    }
+
+    /// Changes the copy of a volume of a container, which may not be there yet.
+    pub async fn change_mirror(
+        &self,
+        id: ContainerId,
+        request: agent::ChangeMirrorRequest,
+    ) -> Result<(), SandboxError> {
+        self.pod()?;
+        Ok(spawn_blocking(move || mirror::change(&id, &request)).await??)
     }
 
     /// Sends a signal to every process of a container.
@@ -340,6 +361,16 @@ impl Sandbox {
 
     /// Forgets a process that has ended or never ran; with a container's init goes the container.
     pub async fn delete(&self, id: &ProcessId) -> Result<(), SandboxError> {
+        let deleted = self.delete_process(id).await;
+        if id.exec.is_none() && matches!(deleted, Ok(()) | Err(SandboxError::NotFound(_))) {
+            // A container that could not be created has its copies of volumes all the same.
+            let container = id.container.clone();
+            spawn_blocking(move || mirror::remove(&container)).await??;
+        }
+        deleted
+    }
+
+    async fn delete_process(&self, id: &ProcessId) -> Result<(), SandboxError> {
         let member = self.member(&id.container)?;
         match &id.exec {
             Some(exec) => {

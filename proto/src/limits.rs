@@ -9,6 +9,8 @@ pub const GUEST_CID: u64 = 3;
 
 /// Where the agent mounts the pod's virtio-fs share in the guest.
 pub const SHARE_DIR: &str = "/run/coffer/share";
+/// Where the agent keeps its copies of small volumes: `<container>/<index of the mount>`.
+pub const MIRROR_DIR: &str = "/run/coffer/mirror";
 /// virtio-fs tag of the pod's share.
 pub const SHARE_TAG: &str = "coffer";
 

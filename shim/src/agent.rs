@@ -8,10 +8,10 @@ mod wire;
 use crate::machine::child::printable;
 use crate::sandbox::process::ProcessKey;
 use coffer_proto::agent::{
-    ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, Interface, OnlineCpus,
-    Process, ProcessRef, ProcessResponse, ResizeTerminalRequest, SignalProcessRequest,
-    StartSandboxRequest, StatContainerResponse, StatGuestResponse, Stdio, UpdateContainerRequest,
-    event,
+    ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest,
+    Interface, MirrorChange, OnlineCpus, Process, ProcessRef, ProcessResponse,
+    ResizeTerminalRequest, SignalProcessRequest, StartSandboxRequest, StatContainerResponse,
+    StatGuestResponse, Stdio, UpdateContainerRequest, event,
 };
 use coffer_proto::agent_ttrpc::AgentClient;
 use coffer_proto::exec_failure::Unexecutable;
@@ -132,6 +132,25 @@ impl Agent {
     pub async fn configure_interface(&self, interface: &Interface) -> Result<(), AgentError> {
         let send = |context| self.client.configure_interface(context, interface);
         self.call("ConfigureInterface", QUICK, send).await.map(drop)
+    }
+
+    /// Changes the guest's copy of a volume, mount number `mount` of a container; makes it with `create`.
+    pub async fn change_mirror(
+        &self,
+        id: &ContainerId,
+        mount: u32,
+        create: bool,
+        changes: Vec<MirrorChange>,
+    ) -> Result<(), AgentError> {
+        let request = ChangeMirrorRequest {
+            container_id: id.to_string(),
+            mount,
+            create,
+            changes,
+            ..Default::default()
+        };
+        let send = |context| self.client.change_mirror(context, &request);
+        self.call("ChangeMirror", QUICK, send).await.map(drop)
     }
 
     /// Prepares a container, in the PID namespace of the container `beside` if there is one; gives its init process's pid in

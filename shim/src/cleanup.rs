@@ -99,7 +99,7 @@ fn undo_network(netns: &Path) -> Result<(), CleanupError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .map_err(|_| NetworkError::Thread)?;
-    Ok(runtime.block_on(network::detach(netns, &[]))?)
+    Ok(runtime.block_on(network::detach(netns))?)
 }
 
 /// Takes everything away that is mounted on a container's root.

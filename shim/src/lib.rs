@@ -13,6 +13,7 @@
 //! - [`state`] and [`cleanup`](mod@cleanup): what is on disk, and how a sandbox leaves the host by it alone.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
 //! - [`lease`]: processes of the host that stand for those of the guest.
+//! - [`mirror`](mod@mirror): volumes of which the guest has a copy, for the sake of inotify.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
 //! - [`hooks`]: programs of the host that a container's spec names.
@@ -36,6 +37,7 @@ pub mod image;
 pub mod io;
 pub mod lease;
 pub mod machine;
+pub mod mirror;
 pub mod mount_points;
 pub mod network;
 pub mod parked;

@@ -22,7 +22,6 @@ pub use forward::{PortForward, probe as probe_port_forward};
 pub use watch::watch;
 
 use coffer_proto::agent;
-use coffer_proto::limits::MAX_NICS;
 use futures::TryStreamExt;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::tc::TcHandle;
@@ -50,8 +49,6 @@ pub enum NetworkError {
     },
     #[error("can't create the tap {name}")]
     Tap { name: String, source: io::Error },
-    #[error("the network namespace has {0} interfaces, a VM takes {MAX_NICS}")]
-    TooManyInterfaces(usize),
     #[error("the network thread ended early")]
     Thread,
 }
@@ -63,28 +60,32 @@ fn netlink<'a>(what: impl Into<String> + 'a) -> impl FnOnce(rtnetlink::Error) ->
     }
 }
 
+/// Names an interface within its namespace for good, whatever it is called (`ifindex`, netdevice(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IfIndex(pub u32);
+
 /// One interface of the pod and the tap that stands for it.
 #[derive(Debug)]
 pub struct Nic {
-    /// Name of the pod's interface on the host, "eth0".
-    pub host_name: String,
-    pub mac: [u8; 6],
+    pub index: IfIndex,
     /// Opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR. It vanishes when its last holder closes it.
     pub tap: OwnedFd,
     /// What the agent has to set up.
     pub interface: agent::Interface,
 }
 
-/// Makes a tap for each interface of the namespace which `known` doesn't name, and redirects its traffic.
+/// Makes a tap for each interface of the namespace that is not in `known`, `room` of them at most, and redirects its traffic.
 /// On an error nothing stays behind.
-pub async fn attach(netns: &Path, known: &[String]) -> Result<Vec<Nic>, NetworkError> {
+pub async fn attach(
+    netns: &Path,
+    known: &[IfIndex],
+    room: usize,
+) -> Result<Vec<Nic>, NetworkError> {
     let known = known.to_vec();
     within(netns, move |handle| async move {
         let mut links = pod_links(&handle).await?;
-        if links.len() > MAX_NICS {
-            return Err(NetworkError::TooManyInterfaces(links.len()));
-        }
-        links.retain(|link| !known.contains(&name_of(link)));
+        links.retain(|link| !known.contains(&index_of(link)));
+        links.truncate(room);
         let nics = attach_links(&handle, &links).await;
         if nics.is_err() {
             // The taps are closed already; what may be left are the ingress qdiscs of these interfaces.
@@ -97,38 +98,26 @@ pub async fn attach(netns: &Path, known: &[String]) -> Result<Vec<Nic>, NetworkE
     .await
 }
 
-/// What the guest's interfaces of these names should look like now.
-pub async fn describe(
-    netns: &Path,
-    names: &[String],
-) -> Result<Vec<agent::Interface>, NetworkError> {
-    let names = names.to_vec();
-    within(netns, move |handle| async move {
+/// What the guest's twins of the namespace's interfaces should look like now.
+pub async fn describe(netns: &Path) -> Result<Vec<(IfIndex, agent::Interface)>, NetworkError> {
+    within(netns, |handle| async move {
         let mut interfaces = Vec::new();
-        for link in pod_links(&handle)
-            .await?
-            .iter()
-            .filter(|link| names.contains(&name_of(link)))
-        {
-            interfaces.push(guest::describe(&handle, link).await?);
+        for link in pod_links(&handle).await? {
+            interfaces.push((index_of(&link), guest::describe(&handle, &link).await?));
         }
         Ok(interfaces)
     })
     .await
 }
 
-/// Undoes the redirection of the named interfaces, or of all where none is named. Interfaces or a namespace that are gone are no error.
-pub async fn detach(netns: &Path, names: &[String]) -> Result<(), NetworkError> {
+/// Undoes the redirection of all interfaces. A namespace that is gone is no error.
+pub async fn detach(netns: &Path) -> Result<(), NetworkError> {
     if !netns.exists() {
         return Ok(());
     }
-    let names = names.to_vec();
-    within(netns, move |handle| async move {
+    within(netns, |handle| async move {
         for link in pod_links(&handle).await? {
-            let name = name_of(&link);
-            if names.is_empty() || names.contains(&name) {
-                drop_ingress(&handle, link.header.index).await;
-            }
+            drop_ingress(&handle, link.header.index).await;
         }
         Ok(())
     })
@@ -166,10 +155,8 @@ async fn attach_link(handle: &Handle, link: &LinkMessage) -> Result<Nic, Network
         .map_err(netlink(format!("set up the tap {tap_name}")))?;
     redirect(handle, index, tap_index, &host_name).await?;
     redirect(handle, tap_index, index, &tap_name).await?;
-    let mac = mac_of(link);
     Ok(Nic {
-        host_name,
-        mac,
+        index: index_of(link),
         tap,
         interface,
     })
@@ -229,6 +216,10 @@ async fn pod_links(handle: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {
         .collect();
     links.sort_by_key(|link| link.header.index);
     Ok(links)
+}
+
+fn index_of(link: &LinkMessage) -> IfIndex {
+    IfIndex(link.header.index)
 }
 
 fn name_of(link: &LinkMessage) -> String {

@@ -116,6 +116,12 @@ impl Vmm {
         done(self.call(request, vec![tap], REQUEST_DEADLINE).await?)
     }
 
+    /// Takes the tap of network slot `slot` away.
+    pub async fn detach_tap(&self, slot: u8) -> Result<(), VmmError> {
+        let request = Request::DetachTap { slot };
+        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+    }
+
     /// Counters of the VM.
     pub async fn metrics(&self) -> Result<Metrics, VmmError> {
         match self

@@ -99,8 +99,17 @@ impl Wire {
 impl Drop for Wire {
     fn drop(&mut self) {
         for name in [&self.pod, &self.peer] {
-            let _ = Command::new("ip").args(["netns", "del", name]).status();
+            drop(Netns(name.clone()));
         }
+    }
+}
+
+/// A namespace that goes with this.
+struct Netns(String);
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
     }
 }
 
@@ -170,6 +179,198 @@ fn the_guest_takes_the_veths_place_in_the_network() {
     echo(&sandbox, &wire, "172.30.0.1", b"routed");
     // A large transfer, both ways at once.
     echo(&sandbox, &wire, "10.9.0.1", &noise(16 << 20, 5));
+}
+
+/// Names of the guest's interfaces that have a card.
+fn interfaces(sandbox: &Background<'_>) -> String {
+    sandbox.sh("cd /sys/class/net && echo $(ls -d */device | cut -d/ -f1)")
+}
+
+/// A macvlan interface has the wire and the address of another: the guest takes both over.
+#[test]
+fn the_guest_takes_the_place_of_a_macvlan() {
+    let test = Test::new("macvlan");
+    let wire = Wire::unconnected(&test);
+    let (pod, peer) = (wire.pod.as_str(), wire.peer.as_str());
+    let node = format!("{}-node", test.id());
+    ip(&["netns", "add", &node]);
+    let _node = Netns(node.clone());
+    let to_peer = ["type", "veth", "peer", "name", "eth0", "netns", peer];
+    ip(&[&["-n", &node, "link", "add", "up0"], &to_peer[..]].concat());
+    ip(&["-n", &node, "link", "set", "up0", "up"]);
+    let macvlan = [
+        "link", "up0", "name", "mac0", "type", "macvlan", "mode", "bridge",
+    ];
+    ip(&[&["-n", &node, "link", "add"], &macvlan[..]].concat());
+    ip(&[
+        "-n", &node, "link", "set", "mac0", "netns", pod, "name", "eth0",
+    ]);
+    for (name, four, six) in [
+        (pod, "10.9.0.2/24", "fd09::2/64"),
+        (peer, "10.9.0.1/24", "fd09::1/64"),
+    ] {
+        ip(&["-n", name, "link", "set", "eth0", "up"]);
+        ip(&["-n", name, "addr", "add", four, "dev", "eth0"]);
+        ip(&["-n", name, "addr", "add", six, "dev", "eth0", "nodad"]);
+    }
+    let sandbox = wire.start(&test);
+    echo(&sandbox, &wire, "10.9.0.1", b"four");
+    echo(&sandbox, &wire, "fd09::1", b"six");
+}
+
+/// As Calico and CNI's ptp do it: the address is alone on its link, and so is the gateway, whose MAC address is given.
+#[test]
+fn the_guest_takes_a_point_to_point_wire() {
+    let test = Test::new("ptp");
+    let wire = Wire::unconnected(&test);
+    let (pod, peer) = (wire.pod.as_str(), wire.peer.as_str());
+    ip(&[
+        "-n", pod, "link", "add", "eth0", "type", "veth", "peer", "name", "cali0", "netns", peer,
+    ]);
+    ip(&[
+        "-n",
+        peer,
+        "link",
+        "set",
+        "cali0",
+        "address",
+        "ee:ee:ee:ee:ee:ee",
+        "up",
+    ]);
+    ip(&["-n", peer, "addr", "add", "172.30.0.1/32", "dev", "lo"]);
+    ip(&[
+        "-n",
+        peer,
+        "addr",
+        "add",
+        "fd30::1/128",
+        "dev",
+        "lo",
+        "nodad",
+    ]);
+    ip(&["-n", peer, "route", "add", "10.9.0.2/32", "dev", "cali0"]);
+    ip(&["-n", peer, "route", "add", "fd09::2/128", "dev", "cali0"]);
+    ip(&["-n", pod, "link", "set", "eth0", "mtu", "1400", "up"]);
+    ip(&["-n", pod, "addr", "add", "10.9.0.2/32", "dev", "eth0"]);
+    ip(&[
+        "-n",
+        pod,
+        "addr",
+        "add",
+        "fd09::2/128",
+        "dev",
+        "eth0",
+        "nodad",
+    ]);
+    for gateway in ["169.254.1.1", "fe80::1"] {
+        let neighbour = [
+            "lladdr",
+            "ee:ee:ee:ee:ee:ee",
+            "nud",
+            "permanent",
+            "dev",
+            "eth0",
+        ];
+        ip(&[&["-n", pod, "neigh", "add", gateway], &neighbour[..]].concat());
+    }
+    ip(&[
+        "-n",
+        pod,
+        "route",
+        "add",
+        "169.254.1.1",
+        "dev",
+        "eth0",
+        "scope",
+        "link",
+    ]);
+    ip(&[
+        "-n",
+        pod,
+        "route",
+        "add",
+        "default",
+        "via",
+        "169.254.1.1",
+        "dev",
+        "eth0",
+    ]);
+    ip(&[
+        "-n", pod, "route", "add", "default", "via", "fe80::1", "dev", "eth0", "onlink",
+    ]);
+    let sandbox = wire.start(&test);
+    assert_eq!(sandbox.sh("cat /sys/class/net/eth0/mtu"), "1400");
+    echo(&sandbox, &wire, "172.30.0.1", b"four");
+    echo(&sandbox, &wire, "fd30::1", b"six");
+}
+
+/// Another veth between pod and peer, with 10.9.n.2 and 10.9.n.1.
+fn connect_another(wire: &Wire, name: &str, n: u8) {
+    let (pod, peer) = (wire.pod.as_str(), wire.peer.as_str());
+    ip(&[
+        "-n", pod, "link", "add", name, "type", "veth", "peer", "name", name, "netns", peer,
+    ]);
+    for (netns, host) in [(pod, 2), (peer, 1)] {
+        let address = format!("10.9.{n}.{host}/24");
+        ip(&["-n", netns, "addr", "add", &address, "dev", name]);
+        ip(&["-n", netns, "link", "set", name, "up"]);
+    }
+}
+
+#[test]
+fn interfaces_come_and_go_while_the_sandbox_runs() {
+    let test = Test::new("several");
+    let wire = Wire::unconnected(&test);
+    // In the other order than the guest would name its cards by itself.
+    connect_another(&wire, "eth1", 1);
+    connect_another(&wire, "eth0", 2);
+    let sandbox = wire.start(&test);
+    // Cards without an interface are out of sight.
+    assert_eq!(interfaces(&sandbox), "eth0 eth1");
+    echo(&sandbox, &wire, "10.9.1.1", b"one");
+    echo(&sandbox, &wire, "10.9.2.1", b"two");
+
+    let wait_for_interfaces = |wanted: &str| {
+        wait_for(wanted, || interfaces(&sandbox) == wanted);
+    };
+    let wait_for_address = |n: u8| {
+        let address = format!("10.9.{n}.2");
+        wait_for(&address, || {
+            sandbox.sh("cat /proc/net/fib_trie").contains(&address)
+        });
+    };
+    connect_another(&wire, "net3", 3);
+    wait_for_interfaces("eth0 eth1 net3");
+    wait_for_address(3);
+    echo(&sandbox, &wire, "10.9.3.1", b"three");
+
+    ip(&["-n", &wire.pod, "link", "del", "net3"]);
+    wait_for_interfaces("eth0 eth1");
+    // The freed slot takes another one, which may have the old one's name.
+    connect_another(&wire, "net3", 5);
+    wait_for_interfaces("eth0 eth1 net3");
+    wait_for_address(5);
+    echo(&sandbox, &wire, "10.9.5.1", b"five");
+    echo(&sandbox, &wire, "10.9.1.1", b"one, still");
+
+    // No VM has slots for all of these: what is too much stays on the host, and the rest goes on.
+    for (name, n) in [("net6", 6), ("net7", 7)] {
+        connect_another(&wire, name, n);
+    }
+    let late = [
+        "-n",
+        &wire.pod,
+        "addr",
+        "add",
+        "10.9.2.77/24",
+        "dev",
+        "eth0",
+    ];
+    ip(&late);
+    wait_for("the new address", || {
+        sandbox.sh("cat /proc/net/fib_trie").contains("10.9.2.77")
+    });
+    assert!(!interfaces(&sandbox).contains("net7"));
 }
 
 #[test]

@@ -64,6 +64,7 @@ use failure::{Failure, at};
 use wire::{ExecTask, FdName, Report, Task, Work};
 
 pub use namespaces::SharedNamespaces;
+pub use root::beneath;
 pub use validate::parse;
 
 /// `argv[0]` of the stage.

@@ -9,7 +9,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use coffer_proto::limits::SHARE_DIR;
+use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR};
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
@@ -75,6 +75,8 @@ impl Kind {
 pub enum Source<'a> {
     /// Below the container's own directory in the pod's share.
     Share(&'a Path),
+    /// Below the container's own copies of volumes.
+    Mirror(&'a Path),
     /// A kernel file system of the guest, relative to its root.
     Guest(&'a Path),
 }
@@ -95,6 +97,9 @@ impl<'a> Source<'a> {
         if let Ok(rest) = path.strip_prefix(Path::new(SHARE_DIR).join(id)) {
             return (!rest.as_os_str().is_empty()).then_some(Self::Share(rest));
         }
+        if let Ok(rest) = path.strip_prefix(Path::new(MIRROR_DIR).join(id)) {
+            return (!rest.as_os_str().is_empty()).then_some(Self::Mirror(rest));
+        }
         let known = GUEST_SOURCES.iter().any(|source| path.starts_with(source));
         if known {
             path.strip_prefix("/").ok().map(Self::Guest)
@@ -107,6 +112,7 @@ impl<'a> Source<'a> {
     pub fn open(&self, id: &str) -> nix::Result<OwnedFd> {
         let (base, path) = match self {
             Self::Share(path) => (Path::new(SHARE_DIR).join(id), path),
+            Self::Mirror(path) => (Path::new(MIRROR_DIR).join(id), path),
             Self::Guest(path) => (PathBuf::from("/"), path),
         };
         let base = nix::fcntl::open(&base, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
@@ -364,7 +370,13 @@ mod tests {
             Source::of("web", own),
             Some(Source::Share(Path::new("mounts/3")))
         );
+        let copy = Path::new("/run/coffer/mirror/web/3");
+        assert_eq!(
+            Source::of("web", copy),
+            Some(Source::Mirror(Path::new("3")))
+        );
         for foreign in [
+            "/run/coffer/mirror/db/0",
             "/run/coffer/share/db/rootfs",
             "/run/coffer/share/web2/rootfs",
             "/run/coffer/share/web",

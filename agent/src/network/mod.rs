@@ -1,12 +1,15 @@
 //! The guest's interfaces by rtnetlink: the host's names, addresses, routes and neighbours for the cards the VMM gives.
 //!
-//! A card is known by its MAC address only. It may still be on its way when the request comes (the tap of a pod can
-//! be attached late), so it is awaited. Configuring a card again replaces what it had.
+//! A card is known by the MAC address with which it booted: its current one is that of the pod's interface, which another
+//! card may have as well. It may still be on its way when the request comes, so it is awaited. Configuring a card
+//! again replaces what it had.
 
+mod cards;
 mod wanted;
 
-pub use wanted::Interface;
+pub use cards::Cards;
 use wanted::{Address, Mac, Neighbour, Route};
+pub use wanted::{Change, Interface};
 
 use futures::TryStreamExt as _;
 use netlink_packet_route::AddressFamily;
@@ -35,6 +38,8 @@ pub enum NetworkError {
     Invalid { field: &'static str, value: String },
     #[error("no network card has the MAC address {0} after {CARD_DEADLINE:?}")]
     NoCard(Mac),
+    #[error("can't find, put away or bring back a network card")]
+    Cards(#[source] std::io::Error),
     #[error("can't bring lo up")]
     Loopback(#[source] std::io::Error),
     #[error("can't open a netlink socket")]
@@ -69,10 +74,11 @@ pub fn bring_loopback_up() -> Result<(), NetworkError> {
 }
 
 /// Gives a card the name, addresses, routes and neighbours of `interface`, and takes from it all others.
-pub async fn configure(interface: &Interface) -> Result<(), NetworkError> {
+async fn configure(interface: &Interface) -> Result<(), NetworkError> {
     let handle = open()?;
-    let (index, old_name) = find_card(&handle, [interface.mac, interface.found_by]).await?;
+    let (index, old_name) = find_card(&handle, [interface.found_by, interface.mac]).await?;
     let name = &interface.name;
+    free_name(&handle, name, index).await?;
 
     // The host's network has checked the addresses already; to detect duplicates would delay their use by a second.
     // A kernel without IPv6 has no such file and needs none.
@@ -166,33 +172,57 @@ fn open() -> Result<Handle, NetworkError> {
     Ok(handle)
 }
 
-/// Waits for the card with the first address, or the second.
+/// Takes a name from another card, which will get its own when it is configured.
+async fn free_name(handle: &Handle, name: &str, index: u32) -> Result<(), NetworkError> {
+    let holder = links(handle)
+        .await?
+        .into_iter()
+        .find(|link| name_of(link) == name && link.header.index != index);
+    let Some(holder) = holder else { return Ok(()) };
+    let other = holder.header.index;
+    // Only an interface that is down can get another name.
+    for change in [
+        LinkUnspec::new_with_index(other).down(),
+        LinkUnspec::new_with_index(other).name(format!("card{other}")),
+    ] {
+        let done = handle.link().set(change.build()).execute().await;
+        done.map_err(because(format!("take the name {name} from a card")))?;
+    }
+    Ok(())
+}
+
+async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {
+    let links = handle.link().get().execute().try_collect().await;
+    links.map_err(because("list the interfaces"))
+}
+
+fn name_of(link: &LinkMessage) -> String {
+    let name = link
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        });
+    name.unwrap_or_default()
+}
+
+/// Waits for the card that booted with the first address, or has it, or else the second.
 async fn find_card(handle: &Handle, macs: [Mac; 2]) -> Result<(u32, String), NetworkError> {
     let end = Instant::now() + CARD_DEADLINE;
     loop {
-        let links: Vec<LinkMessage> = handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(because("list the interfaces"))?;
+        let links = links(handle).await?;
         let has = |link: &LinkMessage, mac: Mac| {
-            let is = |a: &LinkAttribute| matches!(a, LinkAttribute::Address(address) if address[..] == mac.0);
-            link.attributes.iter().any(is)
+            link.attributes.iter().any(|attribute| {
+                matches!(attribute, LinkAttribute::PermAddress(address) | LinkAttribute::Address(address)
+                    if address[..] == mac.0)
+            })
         };
         let found = macs
             .iter()
             .find_map(|mac| links.iter().find(|link| has(link, *mac)));
         if let Some(link) = found {
-            let name = link
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) => Some(name.clone()),
-                    _ => None,
-                });
-            return Ok((link.header.index, name.unwrap_or_default()));
+            return Ok((link.header.index, name_of(link)));
         }
         if Instant::now() >= end {
             return Err(NetworkError::NoCard(macs[0]));
@@ -393,6 +423,18 @@ mod tests {
                 "{shown}"
             );
             assert!(!ip("route").contains("10.0.0.1"));
+        });
+    }
+
+    #[test]
+    fn a_name_that_another_card_has_is_taken_from_it() {
+        with_card(async || {
+            ip("link set peer down");
+            ip("link set peer name net1");
+            configure(&interface("net1", "10.0.0.2", "10.0.0.1"))
+                .await
+                .unwrap();
+            assert!(ip("link show net1").contains(MAC));
         });
     }
 

@@ -4,8 +4,16 @@ use super::NetworkError;
 use coffer_proto::agent;
 use std::net::{IpAddr, Ipv4Addr};
 
+/// What the shim asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Change {
+    Set(Interface),
+    /// The interface on the card that booted with this address is gone.
+    Gone(Mac),
+}
+
 /// A hardware address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mac(pub [u8; 6]);
 
 impl std::fmt::Display for Mac {
@@ -19,7 +27,7 @@ impl std::fmt::Display for Mac {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Interface {
     pub mac: Mac,
-    /// The address it has until it gets `mac`.
+    /// The address with which its card booted.
     pub found_by: Mac,
     pub name: String,
     pub mtu: Option<u32>,
@@ -56,6 +64,18 @@ pub struct Neighbour {
     pub mac: Mac,
     /// NUD_*; None for an entry that stays.
     pub state: Option<u16>,
+}
+
+impl TryFrom<&agent::Interface> for Change {
+    type Error = NetworkError;
+
+    fn try_from(wire: &agent::Interface) -> Result<Self, NetworkError> {
+        if wire.gone {
+            Ok(Self::Gone(parse_mac(&wire.found_by)?))
+        } else {
+            wire.try_into().map(Self::Set)
+        }
+    }
 }
 
 impl TryFrom<&agent::Interface> for Interface {
@@ -183,7 +203,7 @@ fn parse_optional<T: std::str::FromStr>(
     }
 }
 
-fn parse_mac(text: &str) -> Result<Mac, NetworkError> {
+pub(super) fn parse_mac(text: &str) -> Result<Mac, NetworkError> {
     let bytes: Option<Vec<u8>> = text
         .split(':')
         .map(|part| {

@@ -21,6 +21,7 @@ use crate::agent::{Agent, AgentError};
 use crate::cgroup::SandboxCgroup;
 use crate::cleanup;
 use crate::io::Dialer;
+use crate::mirror::Mirrors;
 use crate::network::{self, PortForward};
 use crate::share::Share;
 use crate::spec::CpuNeed;
@@ -35,7 +36,7 @@ use evidence::{Evidence, console_tail};
 use phases::Phases;
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Mutex;
@@ -85,6 +86,7 @@ pub struct Machine {
     pub agent: Agent,
     pub vmm: Vmm,
     pub share: Share,
+    pub mirrors: Mirrors,
     pub dialer: Arc<Dialer>,
     fsd: Child,
     console: File,
@@ -165,15 +167,16 @@ async fn assemble(
         options.cgroup.as_ref().or(pod.cgroup.as_ref()),
         state,
     )?;
-    let nics = match &pod.netns {
+    let (wiring, nics) = match &pod.netns {
         Some(netns) => {
             // One without a name of its own goes with its last holder, and leaves nothing to undo.
             if !netns.starts_with("/proc/self") {
                 state.update(|state| state.netns = Some(netns.clone()))?;
             }
-            network::attach(netns, &[]).await?
+            let (wiring, nics) = Wiring::begin(netns, uid, options.hypervisor.nic_slots()).await?;
+            (Some(wiring), nics)
         }
-        None => Vec::new(),
+        None => (None, Vec::new()),
     };
     phases.done("network")?;
 
@@ -190,7 +193,7 @@ async fn assemble(
     let vmm = Vmm::new(control, process).map_err(BootCause::Socket)?;
     phases.done("processes")?;
 
-    let interfaces: Vec<Interface> = nics.iter().map(|nic| nic.interface.clone()).collect();
+    let interfaces = wiring.as_ref().map(Wiring::interfaces).unwrap_or_default();
     let (config, sent, home) = parts::vm_config(
         options,
         uid,
@@ -198,6 +201,7 @@ async fn assemble(
         parts::Wires {
             fs_socket,
             nics,
+            nic_slots: wiring.as_ref().map_or(0, Wiring::slots),
             console: &console,
         },
     )?;
@@ -206,7 +210,6 @@ async fn assemble(
     phases.done("vm")?;
 
     let agent = Agent::new(home, slowness).map_err(BootCause::Socket)?;
-    let plugged = interfaces.clone();
     let request = start_request(options, pod, interfaces)?;
     let guest = tokio::select! {
         guest = agent.start_sandbox(&request, deadline) => match guest {
@@ -225,17 +228,14 @@ async fn assemble(
 
     let dialer = Arc::new(Dialer::new(&dir, slowness).map_err(BootCause::Socket)?);
     let port_forward = match &pod.netns {
-        Some(netns) => forward_ports(netns, &dialer).await,
+        Some(netns) => PortForward::start(netns, dialer.clone()).await,
         None => None,
     };
-    let wiring = pod
-        .netns
-        .clone()
-        .map(|netns| Wiring::new(netns, plugged, parts::local_mac(uid)));
     Ok(Machine {
         agent,
         vmm,
         share,
+        mirrors: Mirrors::default(),
         dialer,
         fsd,
         console,
@@ -250,14 +250,6 @@ async fn assemble(
         },
         ending: OnceLock::new(),
     })
-}
-
-/// Nothing else of a pod depends on port-forward: without it, the log says why.
-async fn forward_ports(netns: &Path, dialer: &Arc<Dialer>) -> Option<PortForward> {
-    let started = PortForward::start(netns, dialer.clone()).await;
-    started
-        .inspect_err(|error| tracing::warn!(error = chain(error), "no port-forward into the guest"))
-        .ok()
 }
 
 fn start_request(

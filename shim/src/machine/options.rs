@@ -1,6 +1,7 @@
 //! What a sandbox is asked to be, decided before it starts and never changed afterwards.
 
 use coffer_proto::ids::SandboxId;
+use coffer_proto::limits::MAX_NICS;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,6 +30,14 @@ impl Hypervisor {
     /// Whether the hypervisor process is given `/dev/kvm`.
     pub fn uses_kvm(self) -> bool {
         !matches!(self, Self::QemuEmulation)
+    }
+
+    /// Network slots of a VM. QEMU's microvm has places for eight devices, of which the others take five.
+    pub fn nic_slots(self) -> usize {
+        match self {
+            Self::CofferVmm => MAX_NICS,
+            Self::QemuKvm | Self::QemuEmulation => 3,
+        }
     }
 
     /// How long the guest may take from its first instruction until its agent has answered.

@@ -56,6 +56,8 @@ pub enum BootCause {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error("the network namespace {netns} has more interfaces than the {room} that a VM takes")]
+    TooManyInterfaces { netns: PathBuf, room: usize },
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     #[error(transparent)]
@@ -247,7 +249,10 @@ fn listen(dir: &Path, name: &str) -> Result<UnixListener, BootCause> {
 #[derive(Debug)]
 pub struct Wires<'a> {
     pub fs_socket: OwnedFd,
+    /// For the first network slots.
     pub nics: Vec<Nic>,
+    /// Network slots, with those that have no interface yet.
+    pub nic_slots: u8,
     pub console: &'a File,
 }
 
@@ -272,21 +277,12 @@ pub fn vm_config(
     let mut sent = Sent::default();
     let (home, far_home) = UnixStream::pair().map_err(BootCause::Socket)?;
     let listener = listen(&options.dir(), VSOCK_SOCKET)?;
-    let mut nics: Vec<NicConfig> = wires
-        .nics
-        .into_iter()
-        .map(|nic| NicConfig {
-            mac: nic.mac,
-            tap: Some(sent.add(nic.tap)),
-        })
-        .collect();
-    if nics.is_empty() {
-        // A slot for a network that is wired after the boot, as docker and podman do.
-        nics.push(NicConfig {
-            mac: local_mac(uid),
-            tap: None,
-        });
-    }
+    let mut taps = wires.nics.into_iter().map(|nic| sent.add(nic.tap));
+    let nics = (0..wires.nic_slots).map(|slot| NicConfig {
+        mac: slot_mac(uid, slot),
+        tap: taps.next(),
+    });
+    let nics = nics.collect();
     let config = VmConfig {
         id: options.id.clone(),
         vcpus: options.all_vcpus(),
@@ -322,10 +318,10 @@ pub fn vm_config(
     Ok((config, sent.0, home))
 }
 
-/// Locally administered, and unique among this root's sandboxes as the uid is.
-pub fn local_mac(uid: u32) -> [u8; 6] {
+/// The address with which a network slot boots: locally administered, and unique among this root's sandboxes as the uid is.
+pub fn slot_mac(uid: u32, slot: u8) -> [u8; 6] {
     let [a, b, c, d] = uid.to_be_bytes();
-    [0x02, 0xc0, a, b, c, d]
+    [0x02, 0xc0 + slot, a, b, c, d]
 }
 
 fn command_line(options: &SandboxOptions) -> String {

@@ -31,7 +31,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a sandbox has no port-forward.
 #[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
+enum ForwardError {
     #[error(transparent)]
     Network(#[from] NetworkError),
     #[error(transparent)]
@@ -48,8 +48,18 @@ pub struct PortForward {
 }
 
 impl PortForward {
-    /// Takes connections to loopback in the namespace from now on. Must be called within the runtime.
-    pub async fn start(netns: &Path, dialer: Arc<Dialer>) -> Result<Self, ForwardError> {
+    /// Takes connections to loopback in the namespace from now on. Nothing else of a pod depends on that: where this kernel
+    /// can't do it, the log says why. Must be called within the runtime.
+    pub async fn start(netns: &Path, dialer: Arc<Dialer>) -> Option<Self> {
+        Self::try_start(netns, dialer)
+            .await
+            .inspect_err(|error| {
+                tracing::warn!(error = chain(error), "no port-forward into the guest");
+            })
+            .ok()
+    }
+
+    async fn try_start(netns: &Path, dialer: Arc<Dialer>) -> Result<Self, ForwardError> {
         let Taken { listeners, link } =
             in_netns(netns, |netns| lookup::take_loopback(netns.as_fd())).await??;
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));

@@ -5,7 +5,7 @@ use coffer_proto::agent;
 use futures::TryStreamExt;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
@@ -33,6 +33,7 @@ pub(super) async fn describe(
         addresses: addresses(handle, index, &name).await?,
         routes: routes(handle, index, &name).await?,
         neighbours: neighbours(handle, index, &name).await?,
+        down: !link.header.flags.contains(LinkFlags::Up),
         name,
         ..Default::default()
     })

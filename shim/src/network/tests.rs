@@ -65,17 +65,14 @@ fn ip(args: &str) -> String {
 #[tokio::test]
 async fn an_interface_is_described_with_all_it_has() {
     let netns = Netns::new("describe");
-    let nics = attach(&netns.path(), &[]).await.unwrap();
+    let nics = attach(&netns.path(), &[], 4).await.unwrap();
     let [nic] = &nics[..] else { panic!("{nics:?}") };
-    assert_eq!(
-        (nic.host_name.as_str(), nic.mac),
-        ("eth0", [2, 0, 0, 0, 0, 7])
-    );
     let interface = &nic.interface;
     assert_eq!(
-        (interface.mac.as_str(), interface.mtu),
-        ("02:00:00:00:00:07", 1400)
+        (interface.name.as_str(), interface.mac.as_str()),
+        ("eth0", "02:00:00:00:00:07")
     );
+    assert_eq!((interface.mtu, interface.down), (1400, false));
     let addresses: Vec<_> = interface
         .addresses
         .iter()
@@ -95,7 +92,7 @@ async fn an_interface_is_described_with_all_it_has() {
 #[tokio::test]
 async fn frames_of_the_peer_come_out_of_the_tap() {
     let netns = Netns::new("frames");
-    let nics = attach(&netns.path(), &[]).await.unwrap();
+    let nics = attach(&netns.path(), &[], 4).await.unwrap();
     let file = File::from(nics.into_iter().next().unwrap().tap);
     let ping = format!(
         "netns exec {} ping -6 -c 20 -i 0.1 -W 1 ff02::1%eth0",
@@ -121,26 +118,20 @@ async fn frames_of_the_peer_come_out_of_the_tap() {
 #[tokio::test]
 async fn attaching_again_takes_only_what_is_new_and_detach_leaves_nothing() {
     let netns = Netns::new("again");
-    let first = attach(&netns.path(), &[]).await.unwrap();
-    assert!(
-        attach(&netns.path(), &["eth0".to_owned()])
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    let first = attach(&netns.path(), &[], 4).await.unwrap();
+    let known: Vec<_> = first.iter().map(|nic| nic.index).collect();
+    assert!(attach(&netns.path(), &known, 4).await.unwrap().is_empty());
     drop(first);
-    detach(&netns.path(), &["eth0".to_owned()]).await.unwrap();
+    detach(&netns.path()).await.unwrap();
     let left = ip(&format!("netns exec {} tc qdisc show dev eth0", netns.name));
     assert!(!left.contains("ingress"), "{left}");
-    detach(&netns.path(), &["eth0".to_owned()]).await.unwrap();
-    detach(Path::new("/run/netns/none-such"), &[])
-        .await
-        .unwrap();
+    detach(&netns.path()).await.unwrap();
+    detach(Path::new("/run/netns/none-such")).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_namespace_that_is_not_there_is_named() {
-    let error = attach(Path::new("/run/netns/none-such"), &[])
+    let error = attach(Path::new("/run/netns/none-such"), &[], 4)
         .await
         .unwrap_err();
     assert!(
@@ -157,9 +148,9 @@ async fn changes_of_the_namespace_are_noticed() {
     ip(&format!("-n {} addr add 10.77.0.3/24 dev eth0", netns.name));
     let seen = tokio::time::timeout(std::time::Duration::from_secs(10), changes.recv()).await;
     assert_eq!(seen.unwrap(), Some(()));
-    let now = describe(&netns.path(), &["eth0".to_owned()]).await.unwrap();
+    let now = describe(&netns.path()).await.unwrap();
     assert!(
-        now[0].addresses.iter().any(|a| a.ip == "10.77.0.3"),
+        now[0].1.addresses.iter().any(|a| a.ip == "10.77.0.3"),
         "{now:?}"
     );
 }

@@ -96,7 +96,7 @@ impl Sandbox {
             }
             Admission::Join => self.machine().await?,
         };
-        share(&machine, &new.id, &guest)?;
+        share(&machine, &new.id, &guest).await?;
         let hooks = std::mem::take(&mut guest.host_hooks);
         crash::point("create.shared");
         let beside = match &guest.pid_namespace {
@@ -261,7 +261,8 @@ impl Sandbox {
         {
             tracing::debug!(%key, error = chain(&error), "nothing to delete in the guest");
         }
-        self.remove_from_host(&key.container, machine.as_deref());
+        self.remove_from_host(&key.container, machine.as_deref())
+            .await;
         let forgotten = key.clone();
         let empty = self.apply(move |pod| {
             pod.forget(&forgotten);
@@ -340,7 +341,7 @@ fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
 }
 
 /// Shows the container's root and volumes to the guest.
-fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), Error> {
+async fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), Error> {
     if guest.read_only_rootfs {
         mount_points::make(&guest.rootfs, &guest.mount_points)?;
     }
@@ -348,6 +349,13 @@ fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), E
         .share
         .add_rootfs(id, &guest.rootfs, guest.read_only_rootfs)?;
     for bind in &guest.binds {
+        if bind.mirrored {
+            machine
+                .mirrors
+                .add(&machine.agent, id, bind.index, &bind.source)
+                .await?;
+            continue;
+        }
         machine.share.add_mount(
             id,
             bind.index,

@@ -196,7 +196,10 @@ impl Sandbox {
     }
 
     /// Takes away what a container has on the host.
-    pub(super) fn remove_from_host(&self, id: &ContainerId, machine: Option<&Machine>) {
+    pub(super) async fn remove_from_host(&self, id: &ContainerId, machine: Option<&Machine>) {
+        if let Some(machine) = machine {
+            machine.mirrors.remove_container(id).await;
+        }
         if let Some(machine) = machine
             && let Err(error) = machine.share.remove_container(id)
         {

@@ -7,6 +7,7 @@ use crate::cleanup::CleanupError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
 use crate::machine::{BootCause, BootError};
+use crate::mirror::MirrorError;
 use crate::mount_points::MountPointError;
 use crate::share::ShareError;
 use crate::spec::SpecError;
@@ -72,6 +73,8 @@ pub enum Error {
     Stdio(#[from] StdioError),
     #[error(transparent)]
     Spec(#[from] SpecError),
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
     #[error(transparent)]
     MountPoint(#[from] MountPointError),
     #[error(transparent)]

@@ -141,7 +141,8 @@ impl Sandbox {
             let _ = timeout(DRAIN_BEFORE_DELETE, io.drained()).await;
         }
         if key.exec.is_none() {
-            self.remove_from_host(&key.container, machine.as_deref());
+            self.remove_from_host(&key.container, machine.as_deref())
+                .await;
         }
         crash::point("delete.on-host");
         let (deleted, is_exec) = (key.clone(), key.exec.is_some());

@@ -1,9 +1,10 @@
 //! Bind mounts: which of them the share shows to the guest, and which mean the guest's own.
 
 use super::{SpecError, field};
+use crate::mirror;
 use crate::share::IdMap;
 use coffer_proto::ids::ContainerId;
-use coffer_proto::limits::SHARE_DIR;
+use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::{Linux, Mount, Spec};
 use std::fs;
@@ -23,6 +24,8 @@ pub struct Bind {
     pub read_only: bool,
     /// Other owners than on disk.
     pub idmap: Option<IdMap>,
+    /// The guest gets a copy that follows it, see [`crate::mirror`].
+    pub mirrored: bool,
 }
 
 /// Turns a bind mount of the host into one of the share. None for mounts that the guest makes by itself.
@@ -83,12 +86,19 @@ pub(super) fn take(
         .find(|o| matches!(o.as_str(), "ro" | "rw" | "rro"))
         .is_some_and(|o| o != "rw");
     let idmap = take_idmap(mount, user);
-    mount.set_source(Some(PathBuf::from(format!("{SHARE_DIR}/{id}/mounts/{i}"))));
+    let mirrored = read_only && idmap.is_none() && mirror::is_for(&source);
+    let in_guest = if mirrored {
+        format!("{MIRROR_DIR}/{id}/{i}")
+    } else {
+        format!("{SHARE_DIR}/{id}/mounts/{i}")
+    };
+    mount.set_source(Some(PathBuf::from(in_guest)));
     Ok(Some(Bind {
         index: i,
         source,
         read_only,
         idmap,
+        mirrored,
     }))
 }
 

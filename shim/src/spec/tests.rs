@@ -47,6 +47,7 @@ fn the_host_side_is_taken_out() {
             source: volume.path().to_owned(),
             read_only: true,
             idmap: None,
+            mirrored: false,
         }]
     );
     assert_eq!(
