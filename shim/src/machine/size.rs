@@ -113,7 +113,7 @@ mod tests {
     use serde_json::{Value, json};
     use std::path::Path;
 
-    fn size(annotations: Value, resources: Value) -> (u8, u32) {
+    fn size(annotations: &Value, resources: &Value) -> (u8, u32) {
         let spec = json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
         let spec: Spec = serde_json::from_value(spec).unwrap();
         let mut options = options(Path::new("/x"), "s");
@@ -126,13 +126,13 @@ mod tests {
     fn the_pod_goes_before_the_container() {
         let own =
             json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 150_000, "period": 100_000}});
-        assert_eq!(size(json!({}), own.clone()), (2, 164));
+        assert_eq!(size(&json!({}), &own), (2, 164));
         let cri = json!({"io.kubernetes.cri.sandbox-memory": "268435456",
             "io.kubernetes.cri.sandbox-cpu-quota": "300000", "io.kubernetes.cri.sandbox-cpu-period": "100000"});
-        assert_eq!(size(cri, own.clone()), (3, 356));
+        assert_eq!(size(&cri, &own), (3, 356));
         let cri_o = r#"{"memory_limit_in_bytes":134217728,"cpu_quota":-1}"#;
         for name in CRI_O {
-            assert_eq!(size(json!({name: cri_o}), own.clone()), (1, 228));
+            assert_eq!(size(&json!({name: cri_o}), &own), (1, 228));
         }
     }
 
@@ -140,13 +140,13 @@ mod tests {
     fn a_request_counts_where_there_is_no_limit() {
         let shares = |shares: &str| {
             size(
-                json!({"io.kubernetes.cri.sandbox-cpu-shares": shares}),
-                json!({}),
+                &json!({"io.kubernetes.cri.sandbox-cpu-shares": shares}),
+                &json!({}),
             )
         };
         assert_eq!((shares("2"), shares("3000")), ((1, 128), (3, 128)));
         assert_eq!(
-            size(json!({}), json!({"cpu": {"shares": 262_144}})),
+            size(&json!({}), &json!({"cpu": {"shares": 262_144}})),
             (1, 128)
         );
     }

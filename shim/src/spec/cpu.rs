@@ -71,7 +71,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn need(annotations: Value, resources: Value) -> CpuNeed {
+    fn need(annotations: &Value, resources: &Value) -> CpuNeed {
         let spec = json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
         CpuNeed::of(&serde_json::from_value(spec).unwrap())
     }
@@ -80,15 +80,15 @@ mod tests {
     fn quotas_are_needs() {
         let quota = |quota: i64| {
             need(
-                json!({}),
-                json!({"cpu": {"quota": quota, "period": 50_000}}),
+                &json!({}),
+                &json!({"cpu": {"quota": quota, "period": 50_000}}),
             )
         };
         assert_eq!(quota(75_000), CpuNeed::Millis(1500));
         assert_eq!(quota(-1), CpuNeed::Unlimited);
-        assert_eq!(need(json!({}), json!({})), CpuNeed::Unlimited);
+        assert_eq!(need(&json!({}), &json!({})), CpuNeed::Unlimited);
         let pause = json!({"io.kubernetes.cri.container-type": "sandbox"});
-        assert_eq!(need(pause, json!({})), CpuNeed::Nothing);
+        assert_eq!(need(&pause, &json!({})), CpuNeed::Nothing);
         let shares: LinuxResources = serde_json::from_value(json!({"cpu": {"shares": 2}})).unwrap();
         assert_eq!(CpuNeed::Millis(7).updated(&shares), CpuNeed::Millis(7));
     }
