@@ -23,8 +23,8 @@ const DIFFERENCES: &[Difference] = &[
     },
     Difference {
         row: "top",
-        coffer: "1 coffer",
-        reason: "podman reads the host's /proc, which has the process that stands for the container",
+        coffer: "",
+        reason: "podman reads the /proc of the process that stands for the container, which sees no other processes",
     },
 ];
 

@@ -370,8 +370,18 @@ impl Task {
 
     /// Ends the supervisor, if no container is left.
     pub(super) async fn shutdown(&self, sandbox: &SandboxId) -> Result<(), TaskError> {
+        self.end(sandbox, false).await
+    }
+
+    /// Ends the supervisor, whatever it is doing.
+    pub(super) async fn shutdown_now(&self, sandbox: &SandboxId) -> Result<(), TaskError> {
+        self.end(sandbox, true).await
+    }
+
+    async fn end(&self, sandbox: &SandboxId, now: bool) -> Result<(), TaskError> {
         let request = api::ShutdownRequest {
             id: sandbox.to_string(),
+            now,
             ..Default::default()
         };
         match self

@@ -1,6 +1,6 @@
 //! The end of a sandbox: asked of its supervisor, and then made sure of.
 
-use super::client::{Process, Task};
+use super::client::{Process, Task, TaskError};
 use super::find::{Found, live};
 use super::inspect::hook_state;
 use super::{Error, KILL_TAKES, staging_directory, supervisor};
@@ -11,6 +11,7 @@ use crate::hooks;
 use crate::machine::child::ProcessId;
 use crate::state::{State, StateFile};
 use coffer_proto::ids::{ContainerId, SandboxId};
+use containerd_shim_protos::ttrpc::Code;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -154,9 +155,40 @@ async fn ask(found: &Found, force: bool) -> Result<(), Error> {
             // It still looks at how its container ended.
             wait_for_stand_in(&stand_in.process).await;
         }
-        task.delete(&process).await?;
+        match task.delete(&process).await {
+            Err(TaskError::Refused {
+                code: Code::FAILED_PRECONDITION,
+                ..
+            }) if force => {
+                delete_unfinished(found, &task, &process).await?;
+            }
+            deleted => deleted?,
+        }
     }
     Ok(task.shutdown(&found.id).await?)
+}
+
+/// A container that is still being created: whoever wanted it was killed. A VM that boots for it alone is not waited for.
+async fn delete_unfinished(found: &Found, task: &Task, process: &Process) -> Result<(), Error> {
+    let ended = async {
+        loop {
+            let state = State::load(&found.root, &found.id)?;
+            if state.is_none_or(|state| state.containers.len() < 2) {
+                return Ok(task.shutdown_now(&found.id).await?);
+            }
+            match task.delete(process).await {
+                Err(TaskError::Refused {
+                    code: Code::FAILED_PRECONDITION,
+                    ..
+                }) => {}
+                deleted => return Ok(deleted?),
+            }
+            sleep(LOOK).await;
+        }
+    };
+    timeout(KILL_TAKES, ended)
+        .await
+        .unwrap_or(Err(TaskError::Deadline.into()))
 }
 
 /// Errors are left to the cleanup, which ends the VM.

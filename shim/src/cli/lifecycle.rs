@@ -85,6 +85,7 @@ pub(super) async fn start(config: &Config, id: &SandboxId) -> Result<(), Error> 
     let known = Known::look(config, id).await?;
     let refusal = match known.status {
         "stopped" => "cannot start a container that has stopped",
+        "paused" => "cannot start a paused container",
         _ => "cannot start an already running container",
     };
     let task = known.task_in(&["created"], refusal)?;

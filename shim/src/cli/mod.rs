@@ -47,6 +47,7 @@ use crate::spec::SpecError;
 use crate::state::StateError;
 use crate::supervise::SuperviseError;
 use clap::Parser;
+use clap::error::ErrorKind;
 use client::TaskError;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use nix::sys::signal::Signal;
@@ -62,6 +63,8 @@ use supervisor::LogFile;
 const FAILED: u8 = 125;
 /// Exit status of exec in the forms of runc.
 const NO_EXEC: u8 = 255;
+/// Exit status for a command that does not exist, as runc has it.
+const NO_COMMAND: u8 = 3;
 /// Exit status of the other commands when they failed.
 const REFUSED: u8 = 1;
 /// The environment variable for `--root`.
@@ -170,13 +173,17 @@ fn one_line(error: &dyn std::error::Error) -> String {
 pub fn main() -> ExitCode {
     let line = match CommandLine::try_parse() {
         Ok(line) => line,
-        Err(error) => {
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::from(FAILED)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return ExitCode::from(FAILED);
+        }
+        Err(error) if error.use_stderr() => {
+            eprintln!("coffer: {}", usage(&error));
+            return ExitCode::from(usage_status(&error));
+        }
+        Err(help) => {
+            let _ = help.print();
+            return ExitCode::SUCCESS;
         }
     };
     let failed = line.command.failure_status();
@@ -187,12 +194,43 @@ pub fn main() -> ExitCode {
             let message = one_line(&error);
             eprintln!("coffer: {message}");
             write_error_log(&runtime, &message);
-            ExitCode::from(error.exit_status().unwrap_or(failed))
+            // Only commands that end with a program's status have more than one.
+            ExitCode::from(match failed {
+                REFUSED => REFUSED,
+                failed => error.exit_status().unwrap_or(failed),
+            })
         }
     }
 }
 
-/// Where an engine wants to read why a command failed: one object, since podman parses the file as one.
+/// What is wrong with the command line, in one line: engines show it to their users.
+fn usage(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let said = text.split("\n\nUsage:").next().unwrap_or(&text);
+    let said = said
+        .split("\n\nFor more information")
+        .next()
+        .unwrap_or(said);
+    let words: Vec<_> = said
+        .trim_start_matches("error: ")
+        .split_whitespace()
+        .collect();
+    format!("{}; --help shows what is taken", words.join(" "))
+}
+
+/// The line could not be parsed, so the command is taken to be the first word.
+fn usage_status(error: &clap::Error) -> u8 {
+    if error.kind() == ErrorKind::InvalidSubcommand {
+        return NO_COMMAND;
+    }
+    let command = std::env::args().skip(1).find(|word| !word.starts_with('-'));
+    match command.as_deref() {
+        Some("run" | "exec") => FAILED,
+        _ => REFUSED,
+    }
+}
+
+/// Where an engine wants to read why a command failed: one line for each failure.
 fn write_error_log(options: &RuntimeOptions, message: &str) {
     let Some(path) = &options.log else { return };
     let now = time::rfc3339(SystemTime::now());
@@ -202,7 +240,10 @@ fn write_error_log(options: &RuntimeOptions, message: &str) {
         }
         LogFormat::Text => format!("time={now:?} level=error msg={message:?}"),
     };
-    if let Err(error) = fs::write(path, line + "\n") {
+    let file = fs::File::options().append(true).create(true).open(path);
+    let written =
+        file.and_then(|mut file| io::Write::write_all(&mut file, (line + "\n").as_bytes()));
+    if let Err(error) = written {
         eprintln!("coffer: can't write the log {path:?}: {error}");
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: every option of `coffer`, with the text of its help.
 
+use super::inspect::OCI_VERSION;
 use super::values::{
     Cpus, Limit, MemorySize, SignalNumber, Ulimit, Volume, parse_duration, parse_env, parse_pair,
 };
@@ -7,16 +8,21 @@ use crate::config::{HypervisorChoice, LogLevel};
 use clap::{Args, Parser, Subcommand};
 use coffer_proto::ids::SandboxId;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
-/// What `--version` prints after the name, in the lines that engines know from runc.
-const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
+/// What `--version` prints after the name, in the lines that engines know from runc. A build that knows its commit says it.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let commit = option_env!("COFFER_COMMIT").unwrap_or("unknown");
+    let version = env!("CARGO_PKG_VERSION");
+    format!("version {version}\ncommit: {commit}\nspec: {OCI_VERSION}")
+});
 
 /// Runs containers in microVMs of their own.
 #[derive(Debug, Parser)]
 #[command(
     name = "coffer",
-    version = VERSION,
+    version = VERSION.as_str(),
     propagate_version = true,
     max_term_width = 100,
     after_help = "\

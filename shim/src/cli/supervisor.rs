@@ -7,6 +7,7 @@
 //! ```
 
 use super::Error;
+use super::client::Task;
 use crate::cleanup;
 use crate::machine::SandboxOptions;
 use crate::supervise::supervise;
@@ -19,8 +20,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest, Take};
+use tokio::net::unix::pipe;
+use tokio::process::{Child, ChildStdout, Command};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// The supervisor's log in the sandbox's directory.
@@ -31,6 +33,8 @@ const MAX_ANSWER: u64 = 16 << 10;
 const MAX_OPTIONS: u64 = 1 << 20;
 /// From the start of the program until it serves. It only makes a directory and a socket, but the machine may be busy.
 const START: Duration = Duration::from_secs(60);
+/// How often is looked whether it serves.
+const LOOK: Duration = Duration::from_millis(50);
 /// From Shutdown until everything is gone: the guest powers off, or is stopped.
 const END: Duration = Duration::from_secs(20);
 
@@ -38,6 +42,8 @@ const END: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub(super) struct Supervisor {
     process: Child,
+    /// The end of this tells it that we are gone.
+    _answers: BufReader<Take<ChildStdout>>,
     root: PathBuf,
     id: SandboxId,
 }
@@ -71,13 +77,12 @@ impl Supervisor {
             stdin.write_all(&json).await?;
             drop(stdin);
             let mut line = String::new();
-            BufReader::new(stdout.take(MAX_ANSWER))
-                .read_line(&mut line)
-                .await?;
-            Ok(line)
+            let mut answers = BufReader::new(stdout.take(MAX_ANSWER));
+            answers.read_line(&mut line).await?;
+            Ok((line, answers))
         };
         let answer = tokio::time::timeout(START, answer).await;
-        let answer = answer
+        let (answer, answers) = answer
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(failed)?;
         if !answer.starts_with("unix://") {
@@ -91,6 +96,7 @@ impl Supervisor {
         }
         Ok(Self {
             process,
+            _answers: answers,
             root: options.root.clone(),
             id: options.id.clone(),
         })
@@ -177,6 +183,12 @@ pub(super) async fn serve(log: &'static LogFile, root: &Path, id: &SandboxId) ->
             what: "can't use standard output".into(),
             source,
         })?;
+        let caller = ready.try_clone().and_then(pipe::Sender::from_owned_fd);
+        let caller = caller.map_err(|source| Error::Io {
+            what: "can't watch the caller".into(),
+            source,
+        })?;
+        tokio::spawn(end_without(caller, root.to_owned(), id.clone()));
         Ok(supervise(options, Some(File::from(ready)), None).await?)
     };
     let result = result.await;
@@ -185,6 +197,24 @@ pub(super) async fn serve(log: &'static LogFile, root: &Path, id: &SandboxId) ->
         let _ = writeln!(io::stdout(), "error: {}", super::one_line(error));
     }
     result
+}
+
+/// A caller that was killed before it asked for a container will never ask. With one, this changes nothing.
+async fn end_without(caller: pipe::Sender, root: PathBuf, id: SandboxId) {
+    // A pipe has an error when its reader is gone.
+    if caller.ready(Interest::ERROR).await.is_err() {
+        return;
+    }
+    let shutdown = async {
+        loop {
+            // This process may not serve yet.
+            match Task::connect(&root, &id).await {
+                Ok(task) => return task.shutdown(&id).await,
+                Err(_) => tokio::time::sleep(LOOK).await,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(START, shutdown).await;
 }
 
 /// A log file in a directory that the supervisor makes itself: opened with the first line after that.
