@@ -252,20 +252,6 @@ pub(super) async fn stats(config: &Config, options: &StatsOptions) -> Result<(),
     Ok(())
 }
 
-/// `coffer features`. Where an engine calls this command line, the hooks of the host are run too.
-pub(super) fn features() -> Value {
-    let mut features = crate::features::features();
-    features["hooks"] = json!([
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "startContainer",
-        "poststart",
-        "poststop"
-    ]);
-    features
-}
-
 fn unix_ms() -> u64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)

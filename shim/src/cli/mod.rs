@@ -316,7 +316,7 @@ async fn dispatch(config: &Config, command: Command, log: &'static LogFile) -> R
         Command::List(options) => list::list(config, &options).await?,
         Command::Events(options) => events::events(config, &options).await?,
         Command::Update(options) => update::update(config, &options).await?,
-        Command::Features => println!("{}", inspect::features()),
+        Command::Features => println!("{}", crate::features::features()),
         Command::Spec(options) => bundle::write_spec(options.bundle.as_deref())?,
         Command::Create(options) => create::create(config, &options).await?,
         Command::Start(target) => lifecycle::start(config, &target.id).await?,
