@@ -139,7 +139,7 @@ fn exec_gives_codes_output_input_and_terminals() {
         assert_eq!(exec.message().0, 4, "{}", runtime.name());
 
         // The same with a terminal that changes its size.
-        let script = "trap 'stty size' WINCH; tty; read line; echo \"got $line\"; exit 5";
+        let script = "trap 'stty size' WINCH; tty; until read line; do :; done; echo \"got $line\"; exit 5";
         let mut document = shell(script);
         document["terminal"] = json!(true);
         let mut exec = container.exec(&test, &document, &["-t", "--exec-attach"]);
@@ -235,7 +235,7 @@ fn the_end_of_input_and_the_size_of_the_terminal_arrive() {
         assert_eq!(conmon.exit_code(), 9, "{}", runtime.name());
         remove(&runtime, &conmon);
     }
-    let script = "trap 'stty size' WINCH; tty; echo ready; read line; echo \"got $line\"; exit 6";
+    let script = "trap 'stty size' WINCH; tty; echo ready; until read line; do :; done; echo \"got $line\"; exit 6";
     bundle.config["process"]["terminal"] = json!(true);
     bundle.config["process"]["args"] = json!(["sh", "-c", script]);
     for runtime in Runtime::all(&test) {
