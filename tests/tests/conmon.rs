@@ -139,7 +139,8 @@ fn exec_gives_codes_output_input_and_terminals() {
         assert_eq!(exec.message().0, 4, "{}", runtime.name());
 
         // The same with a terminal that changes its size.
-        let script = "trap 'stty size' WINCH; tty; until read line; do :; done; echo \"got $line\"; exit 5";
+        let script =
+            "trap 'stty size' WINCH; tty; until read line; do :; done; echo \"got $line\"; exit 5";
         let mut document = shell(script);
         document["terminal"] = json!(true);
         let mut exec = container.exec(&test, &document, &["-t", "--exec-attach"]);
