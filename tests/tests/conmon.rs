@@ -139,8 +139,7 @@ fn exec_gives_codes_output_input_and_terminals() {
         assert_eq!(exec.message().0, 4, "{}", runtime.name());
 
         // The same with a terminal that changes its size.
-        let script =
-            "trap 'stty size' WINCH; tty; until read line; do :; done; echo \"got $line\"; exit 5";
+        let script = "tty; until stty size | grep '40 120'; do sleep 0.1; done; read line; echo \"got $line\"; exit 5";
         let mut document = shell(script);
         document["terminal"] = json!(true);
         let mut exec = container.exec(&test, &document, &["-t", "--exec-attach"]);
@@ -148,9 +147,10 @@ fn exec_gives_codes_output_input_and_terminals() {
         exec.pid();
         attached.wait("/dev/pts/");
         exec.control("1 40 120");
+        attached.wait("40 120");
         attached.write("hello\n");
         attached.wait("got hello");
-        assert!(attached.rest().0.contains("40 120"), "{}", runtime.name());
+        attached.rest();
         assert_eq!(exec.message().0, 5, "{}", runtime.name());
 
         // Too slow: killed by conmon, and the container goes on.
@@ -236,7 +236,7 @@ fn the_end_of_input_and_the_size_of_the_terminal_arrive() {
         assert_eq!(conmon.exit_code(), 9, "{}", runtime.name());
         remove(&runtime, &conmon);
     }
-    let script = "trap 'stty size' WINCH; tty; echo ready; until read line; do :; done; echo \"got $line\"; exit 6";
+    let script = "tty; echo ready; until stty size | grep '33 99'; do sleep 0.1; done; read line; echo \"got $line\"; exit 6";
     bundle.config["process"]["terminal"] = json!(true);
     bundle.config["process"]["args"] = json!(["sh", "-c", script]);
     for runtime in Runtime::all(&test) {
@@ -246,6 +246,7 @@ fn the_end_of_input_and_the_size_of_the_terminal_arrive() {
         conmon.start();
         client.wait("ready");
         conmon.control("1 33 99");
+        client.wait("33 99");
         client.write("hello\n");
         client.wait("got hello");
         let (text, _) = client.rest();
