@@ -157,9 +157,11 @@ fn exec_gives_codes_output_input_and_terminals() {
         let mut slow = container.exec(
             &test,
             &shell("echo $$ > /dev/shm/slow; exec sleep 600"),
-            &["--timeout", "3"],
+            &["--timeout", "10"],
         );
         slow.pid();
+        let begun = "until [ -s /dev/shm/slow ]; do sleep 0.1; done";
+        runtime.ok(&["exec", &container.id, "sh", "-c", begun]);
         assert_eq!(slow.exit_code(), -1, "{}", runtime.name());
         let is_gone = || {
             runtime
