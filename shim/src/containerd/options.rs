@@ -58,11 +58,12 @@ pub fn config(options: Option<&Any>) -> Result<Config, OptionsError> {
 }
 
 /// The Task API of the sandbox that a container joins. containerd 2 tells it, for pods of the Sandbox API, in options of runc's,
-/// whatever the runtime is.
+/// whatever the runtime is; with the protocol in front of the address, which it does not take back.
 pub fn sandbox_address(options: Option<&Any>) -> Option<String> {
     let options = options.filter(|any| any.type_url.ends_with(RUNC))?;
     let address = RuncOptions::parse(&options.value).ok()?.task_api_address;
-    (!address.is_empty()).then_some(address)
+    let address = address.strip_prefix("ttrpc+").unwrap_or(&address);
+    (!address.is_empty()).then(|| address.to_owned())
 }
 
 /// `containerd.runc.v1.Options`: task_api_address = 12, task_api_version = 13, and what is meant for runc.
@@ -163,9 +164,11 @@ mod tests {
 
     #[test]
     fn options_of_runc_may_tell_the_sandbox_of_a_container() {
-        let joins = any(RUNC, b"\x62\x05unix:\x68\x02");
-        assert_eq!(sandbox_address(Some(&joins)).as_deref(), Some("unix:"));
-        assert!(config(Some(&joins)).is_ok());
+        for joins in [&b"\x62\x05unix:\x68\x02"[..], b"\x62\x0bttrpc+unix:"] {
+            let joins = any(RUNC, joins);
+            assert_eq!(sandbox_address(Some(&joins)).as_deref(), Some("unix:"));
+            assert!(config(Some(&joins)).is_ok());
+        }
         assert_eq!(sandbox_address(Some(&any(RUNC, b"\x30\x01"))), None);
         assert_eq!(sandbox_address(Some(&any(OURS, b"\x62\x01x"))), None);
     }
