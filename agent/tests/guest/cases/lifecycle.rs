@@ -148,10 +148,6 @@ pub fn failures_leave_nothing(_: &Guest) -> anyhow::Result<()> {
             "memory.nosuch",
         ),
         (
-            new()?.set("/linux/resources/cpu", json!({"cpus": "99"})),
-            "cpuset.cpus",
-        ),
-        (
             new()?.set("/linux/sysctl", json!({"net.nosuch": "1"})),
             "linux.sysctl.net.nosuch",
         ),
