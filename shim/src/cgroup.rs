@@ -23,6 +23,8 @@ const V1_CONTROLLERS: [(&str, &[&str]); 4] = [
 ];
 /// Files of cgroup v2 that limit what a VM uses up.
 const V2_LIMITS: &[&str] = &["memory.max", "memory.high", "cpu.max"];
+/// Controllers of cgroup v2 that a sandbox's cgroup is to have.
+const V2_CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 /// A v1 memory limit from here on is none: the kernel's own is the largest number of whole pages.
 const V1_NO_LIMIT: u64 = 1 << 62;
 /// Parent of the cgroups that nobody else named. It comes with the first and goes with the last.
@@ -213,7 +215,25 @@ fn make_dir(dir: &Path) -> io::Result<()> {
             _ => break,
         }
     }
+    if Path::new(ROOT).join("cgroup.controllers").exists() {
+        enable_controllers(dir);
+    }
     made
+}
+
+/// cgroup v2 gives a cgroup only the controllers that every one above it passes on. What the host does not have, or a cgroup with
+/// processes of its own can't pass on, is left out.
+fn enable_controllers(dir: &Path) {
+    let above = dir.ancestors().skip(1);
+    let above: Vec<_> = above.take_while(|dir| dir.starts_with(ROOT)).collect();
+    for cgroup in above.iter().rev() {
+        for controller in V2_CONTROLLERS {
+            let _ = fs::write(
+                cgroup.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
+        }
+    }
 }
 
 fn is_own_parent(dir: &Path) -> bool {

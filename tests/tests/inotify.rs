@@ -41,23 +41,23 @@ fn an_update_of_a_config_map_is_seen_by_who_watches_it() {
     fs::create_dir_all(&volume).unwrap();
     publish(&volume, "..first", "one");
     symlink("..data/key", volume.join("key")).unwrap();
-    let (rootfs, mount) = (asset("debian"), format!("{}:/config:ro", volume.display()));
+    let (rootfs, mount) = (asset("debian"), format!("{}:/mnt:ro", volume.display()));
     let sandbox = test.background_on(
         &["--rootfs", rootfs.to_str().unwrap()],
         &["--volume", &mount],
         &["sleep", "600"],
     );
-    assert_eq!(sandbox.sh("cat /config/key"), "one");
+    assert_eq!(sandbox.sh("cat /mnt/key"), "one");
     assert_eq!(
         sandbox
-            .sh("touch /config/x 2>&1 || echo refused")
+            .sh("touch /mnt/x 2>&1 || echo refused")
             .lines()
             .last(),
         Some("refused")
     );
 
     let mut watcher = sandbox
-        .exec_command(&[], &["perl", "-e", WATCHER, "/config"])
+        .exec_command(&[], &["perl", "-e", WATCHER, "/mnt"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -83,15 +83,15 @@ fn an_update_of_a_config_map_is_seen_by_who_watches_it() {
         created.is_some() && created < swapped && swapped < position("DELETE ..first"),
         "{lines:?}"
     );
-    assert_eq!(sandbox.sh("cat /config/key"), "two");
+    assert_eq!(sandbox.sh("cat /mnt/key"), "two");
 
     // Not only kubelet's way: a plain file is written in place.
     fs::write(volume.join("plain"), "a").unwrap();
     wait_for("a new file", || position("CREATE plain").is_some());
-    wait_for("its contents", || sandbox.sh("cat /config/plain") == "a");
+    wait_for("its contents", || sandbox.sh("cat /mnt/plain") == "a");
     fs::write(volume.join("plain"), "longer").unwrap();
     wait_for("its new contents", || {
-        sandbox.sh("cat /config/plain") == "longer"
+        sandbox.sh("cat /mnt/plain") == "longer"
     });
     assert!(position("MODIFY plain").is_some(), "{lines:?}");
 
