@@ -175,7 +175,10 @@ fn exec_gives_codes_output_input_and_terminals() {
                 .code
                 == 1
         };
-        wait_for("the exec to be gone", is_gone);
+        // What conmon kills of runc's may stay a zombie, and then has its PID still.
+        if runtime.is_coffer() {
+            wait_for("the exec to be gone", is_gone);
+        }
 
         runtime.ok(&["kill", &container.id, "KILL"]);
         assert_eq!(container.exit_code(), 137);
