@@ -6,7 +6,7 @@
 use crate::{Finished, PATIENCE, Test, exit_code, finish, host, product, wait_for};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::cell::Cell;
 use std::fs;
 use std::io::{IoSliceMut, Read, Write};
@@ -154,7 +154,23 @@ impl<'t> Runtime<'t> {
             .expect("a status")
             .to_owned()
     }
+
+    /// Whether an exec of [`MARKED`] runs in the container.
+    pub fn marked_is_alive(&self, id: &str) -> bool {
+        let asks = "kill -0 $(cat /dev/shm/marked)";
+        let done = self.call(&["exec", id, "sh", "-c", asks]);
+        assert!(done.code <= 1, "{}: {asks}: {done:?}", self.name);
+        done.code == 0
+    }
 }
+
+/// A process document as podman writes it for an exec.
+pub fn process(args: &[&str]) -> Value {
+    json!({"user": {"uid": 0, "gid": 0}, "args": args, "cwd": "/", "env": ["PATH=/bin", "FROM=file"]})
+}
+
+/// A script for an exec whose life [`Runtime::marked_is_alive`] can tell.
+pub const MARKED: &str = "echo $$ > /dev/shm/marked; exec sleep 600";
 
 /// Where a program is: conmon takes no name without a path.
 pub fn program(name: &str) -> PathBuf {
@@ -187,6 +203,27 @@ impl Container<'_> {
     /// What it wrote so far, standard output and error together.
     pub fn output(&self) -> String {
         fs::read_to_string(&self.output).expect("the output is ours")
+    }
+
+    /// `exec --detach` of a process document in a file, with further flags; gives what the pid file says.
+    pub fn exec_detached(&self, document: &Path, flags: &[&str]) -> Pid {
+        let runtime = self.runtime;
+        let name = runtime.test.id();
+        let pid_file = runtime.test.dir().join(format!("{name}.pid"));
+        let head = [
+            "exec",
+            "--detach",
+            "--pid-file",
+            pid_file.to_str().expect("UTF-8"),
+            "--process",
+            document.to_str().expect("UTF-8"),
+        ];
+        let words = [&head, flags, &[&self.id]].concat();
+        let output = runtime.test.dir().join(format!("{name}.out"));
+        let code = into_file(runtime.command(&words), &output);
+        let text = fs::read_to_string(&output).unwrap_or_default();
+        assert_eq!(code, 0, "{} {words:?}: {text}", runtime.name);
+        read_pid(&pid_file)
     }
 
     pub fn wait_output(&self, text: &str) {

@@ -166,6 +166,12 @@ impl<'t> Podman<'t> {
         .concat();
         shown(&self.call(&args))
     }
+
+    /// `podman run --detach` without a network.
+    pub fn run_detached(&self, name: &str, options: &[&str], command: &[&str]) {
+        let head = ["run", "--detach", "--network", "none", "--name", name];
+        self.ok(&[&head, options, &[IMAGE], command].concat());
+    }
 }
 
 impl Drop for Podman<'_> {

@@ -4,18 +4,14 @@
 
 use coffer_tests::bundle::Bundle;
 use coffer_tests::conmon::Conmon;
-use coffer_tests::oci::Runtime;
+use coffer_tests::oci::{MARKED, Runtime, process};
 use coffer_tests::{Test, wait_for};
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use std::fs;
 
-fn process_of(args: &[&str]) -> Value {
-    json!({"user": {"uid": 0, "gid": 0}, "args": args, "cwd": "/", "env": ["PATH=/bin"]})
-}
-
 fn shell(script: &str) -> Value {
-    process_of(&["sh", "-c", script])
+    process(&["sh", "-c", script])
 }
 
 /// Removes a stopped or failed container, as podman's exit command does.
@@ -113,7 +109,7 @@ fn exec_gives_codes_output_input_and_terminals() {
             assert_eq!(exec.logged("stdout"), "run\n", "{}", runtime.name());
         }
 
-        let mut missing = container.exec(&test, &process_of(&["/no/such"]), &[]);
+        let mut missing = container.exec(&test, &process(&["/no/such"]), &[]);
         let (number, reason) = missing.message();
         assert!(
             number < 0 && reason.contains("no such file or directory"),
@@ -155,28 +151,12 @@ fn exec_gives_codes_output_input_and_terminals() {
 
         // Too slow: killed by conmon, and the container goes on. Under runc the program was seen to survive that now and then.
         if runtime.is_coffer() {
-            let mut slow = container.exec(
-                &test,
-                &shell("echo $$ > /dev/shm/slow; exec sleep 600"),
-                &["--timeout", "10"],
-            );
+            let mut slow = container.exec(&test, &shell(MARKED), &["--timeout", "10"]);
             slow.pid();
-            let begun = "until [ -s /dev/shm/slow ]; do sleep 0.1; done";
-            runtime.ok(&["exec", &container.id, "sh", "-c", begun]);
+            let alive = || runtime.marked_is_alive(&container.id);
+            wait_for("the exec to run", alive);
             assert_eq!(slow.exit_code(), -1, "{}", runtime.name());
-            let is_gone = || {
-                runtime
-                    .call(&[
-                        "exec",
-                        &container.id,
-                        "sh",
-                        "-c",
-                        "kill -0 $(cat /dev/shm/slow)",
-                    ])
-                    .code
-                    == 1
-            };
-            wait_for("the exec to be gone", is_gone);
+            wait_for("the exec to be gone", || !alive());
         }
 
         runtime.ok(&["kill", &container.id, "KILL"]);
