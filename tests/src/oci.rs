@@ -218,7 +218,7 @@ impl Container<'_> {
             "--process",
             document.to_str().expect("UTF-8"),
         ];
-        let words = [&head, flags, &[&self.id]].concat();
+        let words = [&head[..], flags, &[&self.id]].concat();
         let output = runtime.test.dir().join(format!("{name}.out"));
         let code = into_file(runtime.command(&words), &output);
         let text = fs::read_to_string(&output).unwrap_or_default();

@@ -170,7 +170,7 @@ impl<'t> Podman<'t> {
     /// `podman run --detach` without a network.
     pub fn run_detached(&self, name: &str, options: &[&str], command: &[&str]) {
         let head = ["run", "--detach", "--network", "none", "--name", name];
-        self.ok(&[&head, options, &[IMAGE], command].concat());
+        self.ok(&[&head[..], options, &[IMAGE], command].concat());
     }
 }
 

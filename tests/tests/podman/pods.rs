@@ -32,7 +32,7 @@ fn members_of_a_pod_share_kernel_network_and_hostname() {
     compare("podpod", DIFFERENCES, |podman, report| {
         let infra = ["--infra-image", IMAGE, "--infra-command", "/bin/sleep 600"];
         let name = ["--name", "pod", "--hostname", "the-pod"];
-        podman.ok(&[&["pod", "create"], &infra[..], &name].concat());
+        podman.ok(&[&["pod", "create"][..], &infra, &name].concat());
         run_members(podman, "pod");
         report.row("pod: one kernel", have_one_kernel(podman), true);
         report.row(
