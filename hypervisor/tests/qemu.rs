@@ -5,7 +5,8 @@
 mod shim;
 
 use coffer_proto::vmm::{Exit, FromVmm, Reply, Request};
-use shim::{Setup, Vmm, elf};
+use shim::code::elf;
+use shim::{Setup, Vmm};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 

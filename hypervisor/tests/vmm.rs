@@ -3,92 +3,13 @@
 
 mod shim;
 
-use coffer_proto::limits::{BOOT_TIMER_PORT, MAX_BOOT_PHASES};
+use coffer_proto::limits::MAX_BOOT_PHASES;
 use coffer_proto::vmm::{Event, Exit, FromVmm, Reply, Request};
-use shim::{Setup, Supervisor, Vmm, elf};
+use shim::code::{
+    HALT, KNOCK, RESET, SPIN, again, bring_up, load, out_eax, phase, program, registers, store,
+};
+use shim::{Setup, Supervisor, Vmm};
 use std::time::{Duration, Instant};
-
-/// `mov eax, value; mov edx, BOOT_TIMER_PORT; out dx, eax`
-fn phase(value: u32) -> Vec<u8> {
-    [&[0xb8][..], &value.to_le_bytes(), &out_eax()].concat()
-}
-
-fn out_eax() -> Vec<u8> {
-    [
-        &[0xba][..],
-        &u32::from(BOOT_TIMER_PORT).to_le_bytes(),
-        &[0xef],
-    ]
-    .concat()
-}
-
-/// `mov eax, [address]`
-fn load(address: u32) -> Vec<u8> {
-    [&[0xa1][..], &address.to_le_bytes()].concat()
-}
-
-/// `mov dword [address], value`
-fn store(address: u32, value: u32) -> Vec<u8> {
-    [
-        &[0xc7, 0x05][..],
-        &address.to_le_bytes(),
-        &value.to_le_bytes(),
-    ]
-    .concat()
-}
-
-/// `mov al, 0xfe; out 0x64, al`: the i8042 reset pulse.
-const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
-/// `jmp $`
-const SPIN: [u8; 2] = [0xeb, 0xfe];
-/// `hlt; jmp $-1`, interrupts off.
-const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
-/// `out 0x80, al; jmp $-2`: a port nobody answers, for ever.
-const KNOCK: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
-
-/// `mov byte [address], value`
-fn store_byte(address: u32, value: u8) -> Vec<u8> {
-    [&[0xc6, 0x05][..], &address.to_le_bytes(), &[value]].concat()
-}
-
-/// `jmp` back over this code, behind it.
-fn again(code: &[u8]) -> Vec<u8> {
-    const JUMP: usize = 5;
-    let distance = -((code.len() + JUMP) as i32);
-    [code, &[0xe9], &distance.to_le_bytes()].concat()
-}
-
-/// The registers of a device of the machine, by its place in the order of their addresses.
-fn registers(device: u32) -> u32 {
-    0xc000_0000 + device * 0x1000
-}
-
-/// Brings a device up with queues of eight entries, which are empty.
-fn bring_up(device: u32, queues: u32) -> Vec<u8> {
-    let set = |register, value| store(registers(device) + register, value);
-    let mut code = [
-        set(0x70, 1),
-        set(0x70, 3),
-        set(0x24, 1),
-        set(0x20, 1),
-        set(0x70, 11),
-    ]
-    .concat();
-    for queue in 0..queues {
-        let rings = 0x80_0000 + device * 0x1_0000 + queue * 0x4000;
-        code.extend([set(0x30, queue), set(0x38, 8)].concat());
-        for (register, at) in [(0x80, 0), (0x90, 0x1000), (0xa0, 0x2000)] {
-            code.extend(set(register, rings + at));
-        }
-        code.extend(set(0x44, 1));
-    }
-    code.extend(set(0x70, 15));
-    code
-}
-
-fn program(parts: &[&[u8]]) -> Vec<u8> {
-    elf(&parts.concat())
-}
 
 fn phases(events: &[Event]) -> Vec<u32> {
     events
@@ -211,39 +132,6 @@ fn a_paused_guest_does_nothing() {
         assert!(Instant::now() < deadline, "the guest did not go on");
     }
     assert!(vmm.metrics().devices["bus.unanswered"] > 0);
-}
-
-/// Console, rng, vsock and balloon, kicked without a pause: by the way that KVM takes, and by one that ends here.
-#[test]
-fn a_storm_of_kicks_leaves_the_control_socket_alive() {
-    const NOTIFY: u32 = 0x50;
-    let devices = [(0, 2), (1, 1), (2, 3), (3, 3)];
-    let up: Vec<u8> = devices
-        .map(|(device, queues)| bring_up(device, queues))
-        .concat();
-    let mut kicks = Vec::new();
-    for (device, queues) in devices {
-        for queue in 0..queues {
-            kicks.extend(store(registers(device) + NOTIFY, queue));
-            kicks.extend(store_byte(registers(device) + NOTIFY, queue as u8));
-        }
-    }
-    let mut vmm = Vmm::boot(&program(&[&up, &phase(1), &again(&kicks)]));
-    vmm.event();
-    let rejected = |vmm: &mut Vmm| vmm.metrics().devices["rng.rejected_writes"];
-    let (before, started) = (rejected(&mut vmm), Instant::now());
-    for _ in 0..100 {
-        let asked = Instant::now();
-        vmm.metrics();
-        assert!(asked.elapsed() < Duration::from_secs(1));
-    }
-    while rejected(&mut vmm) == before {
-        assert!(started.elapsed() < Duration::from_secs(10), "no storm");
-    }
-    vmm.ask(&Request::Pause);
-    vmm.ask(&Request::Stop);
-    assert_eq!(vmm.until_exit().1, Exit::Stopped);
-    assert_eq!(vmm.log(), "", "a storm is nothing to write down");
 }
 
 /// The guest breaks a queue, resets the device, and breaks it again, for ever.

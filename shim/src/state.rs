@@ -7,6 +7,7 @@
 use crate::lease::OciRecord;
 use crate::machine::child::ProcessId;
 use crate::machine::options::SandboxOptions;
+use crate::sandbox::process::VM_DIED;
 use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -140,6 +141,14 @@ impl State {
             guest_kernel: None,
             containers: BTreeMap::new(),
             stand_ins: Vec::new(),
+        }
+    }
+
+    /// Why the VM ended, where a process with this exit status may have ended with it.
+    pub fn vm_died_under(&self, status: u32) -> Option<&str> {
+        match &self.status {
+            Status::Stopped { reason } if status == VM_DIED => Some(reason),
+            _ => None,
         }
     }
 

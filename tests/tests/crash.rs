@@ -117,11 +117,14 @@ fn the_agent_dies() {
     bundle.config["linux"]["resources"]["memory"] = serde_json::json!({"limit": 32 << 20});
     let sandbox = test.background_on(&["--bundle", bundle.write()], &[], &[]);
     let since = Instant::now();
-    sandbox.exec(&[
+    let exec = sandbox.exec(&[
         "sh",
         "-c",
         "echo 2 > /proc/sys/vm/panic_on_oom && tail -c 100m /dev/zero",
     ]);
+    // Coffer failed, not the program; the line names the sandbox and says why.
+    assert_eq!(exec.code, 125, "{}", exec.stderr);
+    assert!(exec.stderr.contains(&sandbox.id), "{}", exec.stderr);
     reported_dead(&sandbox, since);
 }
 

@@ -1,5 +1,8 @@
 //! The shim's side of one VM, and kernels made of a few bytes.
 
+#[allow(dead_code)] // Each program of tests runs some of them.
+pub mod code;
+
 use coffer_proto::limits::GUEST_CID;
 use coffer_proto::vmm::{
     self, CONTROL_FD, Event, Exit, FdIndex, FromVmm, Metrics, Reply, Request, VmConfig,
@@ -308,49 +311,4 @@ fn file(content: &[u8]) -> File {
     file.write_all(content).unwrap();
     file.rewind().unwrap();
     file
-}
-
-/// A vmlinux whose PVH entry point, at 2 MiB, is this 32-bit code.
-pub fn elf(code: &[u8]) -> Vec<u8> {
-    const ENTRY: u32 = 0x20_0000;
-    const HEADERS: u64 = 64 + 2 * 56;
-    // Name size, descriptor size, type 18 (XEN_ELFNOTE_PHYS32_ENTRY), name, descriptor.
-    let note: Vec<u8> = [4, 4, 18]
-        .into_iter()
-        .flat_map(u32::to_le_bytes)
-        .chain(*b"Xen\0")
-        .chain(ENTRY.to_le_bytes())
-        .collect();
-    let mut elf: Vec<u8> = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-    elf.extend([2u16, 62].into_iter().flat_map(u16::to_le_bytes));
-    elf.extend(1u32.to_le_bytes());
-    elf.extend(
-        [u64::from(ENTRY), 64, 0]
-            .into_iter()
-            .flat_map(u64::to_le_bytes),
-    );
-    elf.extend(0u32.to_le_bytes());
-    elf.extend(
-        [64u16, 56, 2, 0, 0, 0]
-            .into_iter()
-            .flat_map(u16::to_le_bytes),
-    );
-    let mut segment = |kind: u32, offset: u64, address: u64, size: u64| {
-        elf.extend([kind, 5].into_iter().flat_map(u32::to_le_bytes));
-        elf.extend(
-            [offset, address, address, size, size, 4]
-                .into_iter()
-                .flat_map(u64::to_le_bytes),
-        );
-    };
-    segment(4, HEADERS, 0, note.len() as u64);
-    segment(
-        1,
-        HEADERS + note.len() as u64,
-        u64::from(ENTRY),
-        code.len() as u64,
-    );
-    elf.extend(note);
-    elf.extend(code);
-    elf
 }

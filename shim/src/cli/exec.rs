@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::image::Root;
 use crate::lease::{Lease, Registration};
 use crate::spec::{Bundle, MAX_CONFIG_BYTES};
+use crate::state::State;
 use coffer_proto::ids::{ContainerId, ExecId};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -135,10 +136,18 @@ async fn foreground(
         Err(error) => tracing::debug!(%error, "exec not deleted"),
     }
     drop(lease);
-    status.map_err(|error| match error {
+    let status = status.map_err(|error| match error {
         Error::Task(error) => found.why_gone(error),
         error => error,
-    })
+    })?;
+    let state = State::load(&config.root, &found.id).ok().flatten();
+    match state.and_then(|state| state.vm_died_under(status.into()).map(str::to_owned)) {
+        Some(reason) => Err(Error::Dead {
+            id: found.id.clone(),
+            reason,
+        }),
+        None => Ok(status),
+    }
 }
 
 /// The block of a file; engines set the terminal in it or by the option.

@@ -264,10 +264,9 @@ impl Standing {
             Err(error) => return (FAILED, Some(stopped.unwrap_or_else(|| one_line(&error)))),
         };
         if self.order.exec.is_some() {
-            let killed = u32::from(status) == crate::sandbox::process::VM_DIED;
-            return match stopped {
-                Some(reason) if killed => (FAILED, Some(reason)),
-                _ => (status, None),
+            return match state.and_then(|state| state.vm_died_under(status.into())) {
+                Some(reason) => (FAILED, Some(reason.to_owned())),
+                None => (status, None),
             };
         }
         let record = state.and_then(|state| state.containers.get(&self.order.container));

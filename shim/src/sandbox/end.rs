@@ -78,7 +78,9 @@ impl Sandbox {
         };
         self.shared.machine.send_replace(None);
         crash::point("stop.vm-gone");
-        self.record_death(death);
+        // Who is told of the end looks into the state for its reason.
+        self.record_death(&death);
+        let _ = self.change(move |pod| pod.all_died(death)).await;
         let owned = self.shared.state.get();
         match tokio::task::spawn_blocking(move || cleanup::release(&owned)).await {
             Ok(Ok(())) => {}
@@ -91,7 +93,7 @@ impl Sandbox {
         let _ = self.change(Pod::stopped).await;
     }
 
-    fn record_death(&self, death: Death) {
+    fn record_death(&self, death: &Death) {
         let exit = ExitRecord {
             status: process::VM_DIED,
             at: SystemTime::now(),
@@ -100,7 +102,7 @@ impl Sandbox {
         };
         self.record(|state| {
             state.status = Status::Stopped {
-                reason: death.reason,
+                reason: death.reason.clone(),
             };
             for container in state.containers.values_mut() {
                 container.exit.get_or_insert_with(|| exit.clone());

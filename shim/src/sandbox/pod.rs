@@ -115,22 +115,26 @@ impl Pod {
         true
     }
 
-    /// The VM is gone: whatever still ran in it has ended with it. Gives the cause that stays: the first one.
+    /// The VM is gone. Gives the cause that stays: the first one.
     pub fn vm_gone(&mut self, death: &Death) -> Death {
         let out_of_memory = self.begin_stop(&death.reason) && death.out_of_memory;
         let reason = self.state.end_reason().unwrap_or(&death.reason).to_owned();
-        let exit = Exit {
-            status: VM_DIED,
-            at: SystemTime::now(),
-            reason: Some(reason.clone()),
-            oom_killed: out_of_memory,
-        };
-        for id in self.container_ids() {
-            self.end_container(&id, &exit);
-        }
         Death {
             reason,
             out_of_memory,
+        }
+    }
+
+    /// Whatever still ran in the VM has ended with it.
+    pub fn all_died(&mut self, death: Death) {
+        let exit = Exit {
+            status: VM_DIED,
+            at: SystemTime::now(),
+            reason: Some(death.reason),
+            oom_killed: death.out_of_memory,
+        };
+        for id in self.container_ids() {
+            self.end_container(&id, &exit);
         }
     }
 

@@ -15,6 +15,12 @@ impl Rig {
         }
     }
 
+    /// The VM's end, to its last consequence.
+    fn die(&mut self, reason: &str) {
+        let death = self.pod.vm_gone(&Death::from(reason.to_owned()));
+        self.pod.all_died(death);
+    }
+
     /// A pod whose VM runs and in which container `c` was created.
     fn with_container() -> Self {
         let mut rig = Self::new();
@@ -130,7 +136,7 @@ fn a_prepared_sandbox_stays_without_containers_until_it_is_stopped() {
     rig.pod.deleted(&key("c", None)).unwrap();
     assert!(!rig.pod.is_unneeded() && rig.pod.idle_since().is_none());
     assert!(rig.pod.begin_orderly_stop("stopped"));
-    rig.pod.vm_gone(&Death::from("exited".to_owned()));
+    rig.die("exited");
     rig.pod.stopped();
     let ended = rig.pod.describe_sandbox(SystemTime::now());
     assert!(ended.ended.is_some() && ended.exit_status() == 0);
@@ -142,7 +148,7 @@ fn the_death_of_a_prepared_sandbox_is_no_orderly_end() {
     rig.pod.prepare(crate::machine::Pod::default()).unwrap();
     rig.pod.begin_prepared_boot().unwrap();
     rig.pod.booted(7);
-    rig.pod.vm_gone(&Death::from("killed".to_owned()));
+    rig.die("killed");
     rig.pod.stopped();
     let ended = rig.pod.describe_sandbox(SystemTime::now());
     assert_eq!(ended.exit_status(), VM_DIED);
@@ -206,6 +212,7 @@ fn a_vm_that_the_host_had_no_memory_for_is_told_as_such() {
         out_of_memory: true,
     };
     assert_eq!(rig.pod.vm_gone(&death), death);
+    rig.pod.all_died(death);
     assert_eq!(rig.told(), ["oom c", "exit c 137"]);
     let exit = rig.pod.describe(&ProcessKey::init(id("c"))).unwrap().exit;
     assert!(exit.unwrap().oom_killed);
@@ -222,6 +229,8 @@ fn the_vms_death_reaches_everything_once_with_the_first_reason() {
     rig.told();
     let first = Death::from("coffer-vmm was killed by signal 9".to_owned());
     assert_eq!(rig.pod.vm_gone(&first), first);
+    assert!(rig.told().is_empty(), "told before it is written down");
+    rig.pod.all_died(first.clone());
     assert_eq!(
         rig.told(),
         ["exit e 137", "exit c 137"],
@@ -232,6 +241,7 @@ fn the_vms_death_reaches_everything_once_with_the_first_reason() {
         out_of_memory: true,
     };
     assert_eq!(rig.pod.vm_gone(&second), first);
+    rig.pod.all_died(first);
     rig.pod.exited(&exec, exit(0));
     rig.pod.stopped();
     assert!(rig.told().is_empty());
@@ -439,7 +449,7 @@ proptest! {
                 }
                 Step::Pause(n) => drop(rig.pod.paused(&init(n).container)),
                 Step::Resume(n) => drop(rig.pod.resumed(&init(n).container)),
-                Step::Died => drop(rig.pod.vm_gone(&Death::from("test".to_owned()))),
+                Step::Died => rig.die("test"),
                 Step::Stopped => rig.pod.stopped(),
             }
         }
