@@ -4,7 +4,10 @@
 //! its path. Where nobody does, it is `/coffer/<id>-<supervisor's pid>`, in the hierarchies that put no limit on the
 //! supervisor: a sandbox must not be a way out of its caller's limits.
 
-use coffer_proto::ids::SandboxId;
+mod path;
+
+pub use path::{CgroupPath, CgroupPathError};
+
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -27,8 +30,6 @@ const V2_LIMITS: &[&str] = &["memory.max", "memory.high", "cpu.max"];
 const V2_CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 /// A v1 memory limit from here on is none: the kernel's own is the largest number of whole pages.
 const V1_NO_LIMIT: u64 = 1 << 62;
-/// Parent of the cgroups that nobody else named. It comes with the first and goes with the last.
-const OWN_PARENT: &str = "/coffer";
 /// How often the parent may vanish while a child is made in it: each time another sandbox has ended.
 const CREATE_ATTEMPTS: usize = 10;
 /// A cgroup is busy until the kernel has buried its last process.
@@ -38,8 +39,6 @@ const REMOVE_INTERVAL: Duration = Duration::from_millis(10);
 /// Why the cgroup could not be made or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    #[error("the cgroup path {0:?} is not absolute or goes up")]
-    Path(String),
     #[error("can't create the cgroup {path}")]
     Create { path: PathBuf, source: io::Error },
     #[error("can't move process {pid} into the cgroup {path}")]
@@ -58,45 +57,16 @@ pub struct SandboxCgroup {
     dirs: Vec<PathBuf>,
 }
 
-/// Where a sandbox goes for which nobody named a cgroup. The pid tells it from one of the same name in another state root.
-pub fn default_path(id: &SandboxId) -> String {
-    format!("{OWN_PARENT}/{id}-{}", std::process::id())
-}
-
-/// The path within each hierarchy that an OCI `cgroupsPath` means: an absolute one as it is; `slice:prefix:name`, which engines write
-/// where systemd has the hierarchy, is the scope `prefix-name.scope` in the slice. None for what names neither.
-pub fn path_of(cgroups_path: &str) -> Option<String> {
-    if cgroups_path.starts_with('/') {
-        return Some(cgroups_path.to_owned());
-    }
-    let mut parts = cgroups_path.split(':');
-    let (slice, prefix, name) = (parts.next()?, parts.next()?, parts.next()?);
-    let slice = slice.strip_suffix(".slice")?;
-    if parts.next().is_some() || name.is_empty() || slice.split('-').any(str::is_empty) {
-        return None;
-    }
-    // The slice a-b is in the slice a.
-    let ends = slice.match_indices('-').map(|(end, _)| end);
-    let slices = ends
-        .chain([slice.len()])
-        .map(|end| format!("/{}.slice", &slice[..end]));
-    let scope = match prefix {
-        "" => format!("/{name}.scope"),
-        prefix => format!("/{prefix}-{name}.scope"),
-    };
-    Some(slices.chain([scope]).collect())
-}
-
 impl SandboxCgroup {
-    /// Makes the cgroup at `path`, which is absolute within each hierarchy, as in the OCI `cgroupsPath`.
-    pub fn create(path: &str) -> Result<Self, CgroupError> {
-        Self::at(path)?.make()
+    /// Makes the cgroup in every hierarchy.
+    pub fn create(path: &CgroupPath) -> Result<Self, CgroupError> {
+        Self::at(path).make()
     }
 
     /// The same, in the hierarchies only where this process is under no limit. None if there is no such hierarchy.
-    pub fn create_unconfined(path: &str) -> Result<Option<Self>, CgroupError> {
+    pub fn create_unconfined(path: &CgroupPath) -> Result<Option<Self>, CgroupError> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let mut cgroup = Self::at(path)?;
+        let mut cgroup = Self::at(path);
         let confined: Vec<PathBuf> = hierarchies()
             .into_iter()
             .filter(|hierarchy| hierarchy.confines(&own))
@@ -126,23 +96,12 @@ impl SandboxCgroup {
         Ok(self)
     }
 
-    /// Names a cgroup that may or may not exist, for cleaning up.
-    pub fn at(path: &str) -> Result<Self, CgroupError> {
-        let relative = path
-            .strip_prefix('/')
-            .ok_or_else(|| CgroupError::Path(path.to_owned()))?;
-        let plain = Path::new(relative)
-            .components()
-            .all(|c| matches!(c, Component::Normal(_)));
-        if relative.is_empty() || !plain {
-            return Err(CgroupError::Path(path.to_owned()));
+    /// Names a cgroup that may or may not exist.
+    pub fn at(path: &CgroupPath) -> Self {
+        let below = |hierarchy: Hierarchy| path.below(&hierarchy.root);
+        Self {
+            dirs: hierarchies().into_iter().map(below).collect(),
         }
-        Ok(Self {
-            dirs: hierarchies()
-                .into_iter()
-                .map(|hierarchy| hierarchy.root.join(relative))
-                .collect(),
-        })
     }
 
     /// Moves a process in, with all its threads.
@@ -239,7 +198,7 @@ fn enable_controllers(dir: &Path) {
 fn is_own_parent(dir: &Path) -> bool {
     hierarchies()
         .iter()
-        .any(|hierarchy| hierarchy.root.join(&OWN_PARENT[1..]) == dir)
+        .any(|hierarchy| hierarchy.root.join(path::OWN_PARENT) == dir)
 }
 
 /// A mounted tree of cgroups.
@@ -329,38 +288,8 @@ fn kill_all(dir: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use coffer_proto::ids::SandboxId;
     use std::process::Command;
-
-    #[test]
-    fn paths_that_leave_the_hierarchy_are_refused() {
-        for bad in ["", "/", "a", "/../x", "/a/../../b", "/."] {
-            assert!(
-                matches!(SandboxCgroup::at(bad), Err(CgroupError::Path(_))),
-                "{bad:?} was taken"
-            );
-        }
-    }
-
-    #[test]
-    fn systemds_names_are_paths_too() {
-        let cases = [
-            ("/kubepods/pod1/c", Some("/kubepods/pod1/c")),
-            (
-                "kubepods-burstable-pod2.slice:cri-containerd:1",
-                Some(
-                    "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod2.slice/cri-containerd-1.scope",
-                ),
-            ),
-            ("system.slice::x", Some("/system.slice/x.scope")),
-            ("relative", None),
-            ("a--b.slice:x:y", None),
-            ("a:b:c", None),
-            ("a.slice:b:c:d", None),
-        ];
-        for (given, expected) in cases {
-            assert_eq!(path_of(given).as_deref(), expected, "{given}");
-        }
-    }
 
     #[test]
     fn a_limit_on_or_above_the_own_cgroup_confines() {
@@ -393,7 +322,7 @@ mod tests {
     #[test]
     fn the_common_parent_goes_with_the_last() {
         let names = ["a", "b"].map(|name| SandboxId::new(format!("{name}-test")).unwrap());
-        let [first, second] = names.map(|id| SandboxCgroup::create(&default_path(&id)).unwrap());
+        let [first, second] = names.map(|id| SandboxCgroup::create(&CgroupPath::own(&id)).unwrap());
         first.remove().unwrap();
         assert!(second.dirs.iter().all(|dir| dir.is_dir()));
         second.remove().unwrap();
@@ -403,6 +332,7 @@ mod tests {
     #[test]
     fn removing_kills_what_is_left() {
         let path = format!("/coffer-test-{}", std::process::id());
+        let path = CgroupPath::parse(&path).unwrap();
         let cgroup = SandboxCgroup::create(&path).unwrap();
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         cgroup.add(child.id().try_into().unwrap()).unwrap();

@@ -73,11 +73,7 @@ pub fn release(state: &State) -> Result<(), CleanupError> {
         results.push(undo_network(netns));
     }
     if let Some(path) = &state.cgroup {
-        results.push(
-            SandboxCgroup::at(path)
-                .and_then(|cgroup| cgroup.remove())
-                .map_err(Into::into),
-        );
+        results.push(SandboxCgroup::at(path).remove().map_err(Into::into));
     }
     results.into_iter().collect()
 }

@@ -10,6 +10,7 @@
 //!          ── end of file ──►  its process in the guest is killed, if that has not ended
 //! ```
 
+use crate::cgroup::CgroupPath;
 use crate::machine::child::ProcessId;
 use crate::sandbox::Sandbox;
 use crate::sandbox::process::ProcessKey;
@@ -61,7 +62,7 @@ pub struct Registration {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OciRecord {
     /// The host cgroup that was made for the stand-in.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<CgroupPath>,
     pub annotations: HashMap<String, String>,
     pub poststart: Vec<Hook>,
     pub poststop: Vec<Hook>,

@@ -13,10 +13,11 @@ pub use binds::Bind;
 pub use cpu::CpuNeed;
 pub use labels::strip_process;
 
+use crate::cgroup::CgroupPath;
 use crate::mount_points::MountPoint;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
-use oci_spec::runtime::{Hook, HooksBuilder, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Hook, HooksBuilder, Linux, LinuxNamespaceType, Spec};
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -104,8 +105,8 @@ pub struct GuestSpec {
     /// The same of type pid: the container joins that of another one.
     pub pid_namespace: Option<PathBuf>,
     pub hostname: Option<String>,
-    /// `linux.cgroupsPath` as it was written.
-    pub cgroups_path: Option<PathBuf>,
+    /// `linux.cgroupsPath`.
+    pub cgroup: Option<CgroupPath>,
     /// What it needs of the VM's CPUs.
     pub cpu: CpuNeed,
     /// Hooks that run on the host, in the runtime's namespaces.
@@ -188,8 +189,8 @@ impl Bundle {
         let HostSide {
             network_namespace,
             pid_namespace,
-            cgroups_path,
-        } = take_host_side_of_linux(&mut spec);
+            cgroup,
+        } = take_host_side_of_linux(&mut spec)?;
         let host_hooks = take_host_hooks(&mut spec)?;
         Ok(GuestSpec {
             rootfs: self.rootfs.clone(),
@@ -204,7 +205,7 @@ impl Bundle {
             network_namespace,
             pid_namespace,
             hostname: spec.hostname().clone(),
-            cgroups_path,
+            cgroup,
             cpu: CpuNeed::of(&spec),
             host_hooks,
             json: serde_json::to_vec(&spec).expect("a spec that was parsed can be written"),
@@ -327,14 +328,14 @@ fn mount_points(spec: &Spec, binds: &[Bind]) -> Vec<MountPoint> {
 struct HostSide {
     network_namespace: Option<PathBuf>,
     pid_namespace: Option<PathBuf>,
-    cgroups_path: Option<PathBuf>,
+    cgroup: Option<CgroupPath>,
 }
 
 /// Removes paths of host namespaces and cgroups: in the guest the pod's own take their place.
-fn take_host_side_of_linux(spec: &mut Spec) -> HostSide {
+fn take_host_side_of_linux(spec: &mut Spec) -> Result<HostSide, SpecError> {
     let mut host = HostSide::default();
     let Some(linux) = spec.linux_mut() else {
-        return host;
+        return Ok(host);
     };
     if let Some(namespaces) = linux.namespaces_mut() {
         for namespace in namespaces.iter_mut() {
@@ -354,9 +355,20 @@ fn take_host_side_of_linux(spec: &mut Spec) -> HostSide {
             namespaces.retain(|n| n.typ() != LinuxNamespaceType::Pid);
         }
     }
-    host.cgroups_path = linux.cgroups_path().clone();
+    host.cgroup = cgroup(linux)?;
     linux.set_cgroups_path(None);
-    host
+    Ok(host)
+}
+
+fn cgroup(linux: &Linux) -> Result<Option<CgroupPath>, SpecError> {
+    let path = linux.cgroups_path().as_deref().map(Path::to_string_lossy);
+    let Some(path) = path.filter(|path| !path.is_empty()) else {
+        return Ok(None);
+    };
+    match CgroupPath::parse(&path) {
+        Ok(path) => Ok(Some(path)),
+        Err(error) => field("linux.cgroupsPath", error.path, error.reason),
+    }
 }
 
 #[allow(

@@ -4,6 +4,7 @@
 //! file is replaced by rename, so a reader sees one version or the next. It is not synced to disk: after a power
 //! cut the processes and mounts it names are gone too.
 
+use crate::cgroup::CgroupPath;
 use crate::lease::OciRecord;
 use crate::machine::child::ProcessId;
 use crate::machine::options::SandboxOptions;
@@ -112,7 +113,7 @@ pub struct State {
     pub fsd: Option<ProcessId>,
     /// The uid the hypervisor process runs as, taken from the options' range.
     pub uid: Option<u32>,
-    pub cgroup: Option<String>,
+    pub cgroup: Option<CgroupPath>,
     /// The network namespace whose interfaces are redirected into the VM.
     pub netns: Option<PathBuf>,
     pub phases: Vec<Phase>,

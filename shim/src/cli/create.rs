@@ -15,8 +15,8 @@ use super::options::{CreateOptions, DetachedOptions};
 use super::order::{self, Network, Order, Places, StandInProcess};
 use super::supervisor::{self, Supervisor};
 use super::view::{View, Volume};
-use super::{Error, cgroups_path, find, inspect};
-use crate::cgroup::SandboxCgroup;
+use super::{Error, find, inspect};
+use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::check;
 use crate::config::Config;
 use crate::hooks;
@@ -75,7 +75,6 @@ impl New<'_> {
         }
         let creation = Creation {
             config,
-            cgroup: cgroup_of(&guest)?,
             id,
             directory,
             bundle,
@@ -124,7 +123,6 @@ struct Creation<'a> {
     directory: PathBuf,
     bundle: Bundle,
     guest: GuestSpec,
-    cgroup: Option<String>,
 }
 
 impl Creation<'_> {
@@ -177,12 +175,20 @@ impl Creation<'_> {
     fn sandbox_options(&self, id: SandboxId) -> Result<SandboxOptions, Error> {
         let choice = check::choose_hypervisor(self.config.hypervisor, &self.config.libexec())?;
         check::guest_image(self.config).map_err(Error::GuestImage)?;
-        let cgroup = self.cgroup.as_deref();
-        let is_pod = self.pod().is_some();
-        let cgroup = cgroup.map(|cgroup| cgroups_path::of_sandbox(cgroup, id.as_str(), is_pod));
         let mut options = self.config.sandbox(id, choice.hypervisor);
-        options.cgroup = cgroup;
+        options.cgroup = self.cgroup_of_vm(&options.id);
         Ok(options)
+    }
+
+    /// That of a VM for one container is in the container's, which so has the figures of all it causes; that of a pod's is beside
+    /// its first container's, below the limits of the pod, and does not end with that container.
+    fn cgroup_of_vm(&self, id: &SandboxId) -> Option<CgroupPath> {
+        let container = self.guest.cgroup.as_ref()?;
+        Some(if self.pod().is_some() {
+            container.sibling(&format!("coffer-{id}"))
+        } else {
+            container.child("coffer-vm")
+        })
     }
 
     async fn container(&self, options: &DetachedOptions) -> Result<StandInProcess, Error> {
@@ -195,7 +201,7 @@ impl Creation<'_> {
             terminal: self.guest.terminal,
             console_size: console_size(spec),
             places: Places::absolute(options)?,
-            cgroup: self.cgroup.clone(),
+            cgroup: self.guest.cgroup.clone(),
             network: network(spec),
             record: Some(self.record()),
             view: Some(self.view()),
@@ -233,7 +239,7 @@ impl Creation<'_> {
     fn record(&self) -> OciRecord {
         let hooks = &self.guest.host_hooks;
         OciRecord {
-            cgroup: self.cgroup.clone(),
+            cgroup: self.guest.cgroup.clone(),
             annotations: self.bundle.spec().annotations().clone().unwrap_or_default(),
             poststart: hooks.poststart.clone(),
             poststop: hooks.poststop.clone(),
@@ -242,8 +248,8 @@ impl Creation<'_> {
 
     /// Nothing half-created stays. What goes wrong here must not hide the reason.
     async fn undo(&self, started: Option<Supervisor>) {
-        if let Some(cgroup) = self.cgroup.as_deref().map(SandboxCgroup::at) {
-            let _ = cgroup.and_then(|cgroup| cgroup.remove());
+        if let Some(cgroup) = &self.guest.cgroup {
+            let _ = SandboxCgroup::at(cgroup).remove();
         }
         let (Some(supervisor), Ok(id)) = (started, self.sandbox_id()) else {
             return;
@@ -256,13 +262,6 @@ impl Creation<'_> {
         }
         let _ = supervisor::remove(self.config.root.clone(), id).await;
     }
-}
-
-fn cgroup_of(guest: &GuestSpec) -> Result<Option<String>, Error> {
-    let path = guest.cgroups_path.as_deref().map(Path::to_string_lossy);
-    path.filter(|path| !path.is_empty())
-        .map(|path| cgroups_path::absolute(&path))
-        .transpose()
 }
 
 fn console_size(spec: &Spec) -> Option<(u16, u16)> {

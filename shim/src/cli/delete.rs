@@ -65,7 +65,7 @@ async fn after(found: &Found) -> Result<(), Error> {
     wait_for_stand_in(&stand_in.process).await;
     let record = &stand_in.record;
     if let Some(path) = &record.cgroup {
-        SandboxCgroup::at(path)?.remove()?;
+        SandboxCgroup::at(path).remove()?;
     }
     let bundle = found.state.containers.get(&found.wanted);
     let bundle = bundle

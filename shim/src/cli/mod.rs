@@ -8,7 +8,6 @@
 //! - [`client`]: the Task API; [`supervisor`]: the process that serves it.
 
 mod bundle;
-mod cgroups_path;
 mod client;
 mod console;
 mod create;

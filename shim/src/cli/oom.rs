@@ -5,6 +5,7 @@
 //! guest's limits never touch. So one process of ours is made to run out of memory there: it is in the stand-in's cgroup for
 //! this moment, marked as the one to be killed, and the limit that it hits is taken away again.
 
+use crate::cgroup::CgroupPath;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -20,11 +21,11 @@ const WANTED_BYTES: usize = 64 << 20;
 const FIRST_TO_GO: &str = "1000";
 
 /// Tells both. `cgroup` is the path of the stand-in's own.
-pub(super) fn report(bundle: &Path, cgroup: Option<&str>) {
+pub(super) fn report(bundle: &Path, cgroup: Option<&CgroupPath>) {
     // Gone with the bundle is no error.
     let _ = File::create(bundle.join(FILE));
     let Some(cgroup) = cgroup else { return };
-    let directory = Path::new("/sys/fs/cgroup").join(cgroup.trim_start_matches('/'));
+    let directory = cgroup.below(Path::new("/sys/fs/cgroup"));
     if let Err(error) = count(&directory) {
         tracing::debug!(%error, "the cgroup's counters do not tell the want of memory");
     }

@@ -3,6 +3,7 @@
 use super::options::DetachedOptions;
 use super::view::View;
 use super::{Error, FAILED, supervisor};
+use crate::cgroup::CgroupPath;
 use crate::lease::OciRecord;
 use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -26,7 +27,7 @@ pub(super) struct Order {
     /// Rows and columns at the start.
     pub(super) console_size: Option<(u16, u16)>,
     pub(super) places: Places,
-    pub(super) cgroup: Option<String>,
+    pub(super) cgroup: Option<CgroupPath>,
     pub(super) network: Network,
     pub(super) record: Option<OciRecord>,
     /// What engines see of the container's files; an exec has no part in that.

@@ -89,7 +89,7 @@ fn take_place(control: &mut Control) -> Result<Order, Error> {
     if let Some(path) = &order.cgroup {
         let cgroup = match order.exec {
             None => SandboxCgroup::create(path)?,
-            Some(_) => SandboxCgroup::at(path)?,
+            Some(_) => SandboxCgroup::at(path),
         };
         cgroup.add(std::process::id().cast_signed())?;
     }
@@ -248,7 +248,7 @@ impl Standing {
             let _ = self.session.task.delete(&self.session.process).await;
         } else if ran_out_of_memory(&self.session.task, &self.order.container, state.as_ref()).await
         {
-            oom::report(&self.order.bundle, self.order.cgroup.as_deref());
+            oom::report(&self.order.bundle, self.order.cgroup.as_ref());
         }
         status
     }

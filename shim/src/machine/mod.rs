@@ -18,7 +18,7 @@ pub use parts::{BootCause, open_console};
 pub use size::PodSize;
 
 use crate::agent::{Agent, AgentError};
-use crate::cgroup::SandboxCgroup;
+use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::cleanup;
 use crate::io::Dialer;
 use crate::mirror::Mirrors;
@@ -63,8 +63,8 @@ pub struct Pod {
     pub hostname: Option<String>,
     /// The pod's network namespace on the host; None for no network.
     pub netns: Option<PathBuf>,
-    /// `linux.cgroupsPath`; the sandbox's options go before.
-    pub cgroup: Option<String>,
+    /// Where its cgroup is to be; the sandbox's options go before.
+    pub cgroup: Option<CgroupPath>,
     /// One PID namespace for all containers.
     pub shared_pid_namespace: bool,
     pub size: PodSize,

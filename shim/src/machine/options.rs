@@ -1,5 +1,6 @@
 //! What a sandbox is asked to be, decided before it starts and never changed afterwards.
 
+use crate::cgroup::CgroupPath;
 use coffer_proto::ids::SandboxId;
 use coffer_proto::limits::MAX_NICS;
 use serde::{Deserialize, Serialize};
@@ -104,8 +105,8 @@ pub struct SandboxOptions {
     /// Guest kernel messages on the console, debug lines in the log.
     pub debug: bool,
     pub uids: UidRange,
-    /// The cgroup for the sandbox's processes, as the OCI `linux.cgroupsPath`. None for one that nobody else named (see `cgroup.rs`).
-    pub cgroup: Option<String>,
+    /// The cgroup for the sandbox's processes. None for one that nobody else named (see `cgroup.rs`).
+    pub cgroup: Option<CgroupPath>,
     /// containerd's namespace, which loggers are told; empty elsewhere.
     #[serde(default)]
     pub namespace: String,

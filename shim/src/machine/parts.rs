@@ -3,7 +3,7 @@
 use super::child::{Child, SpawnError};
 use super::options::SandboxOptions;
 use crate::agent::AgentError;
-use crate::cgroup::{self, CgroupError, SandboxCgroup};
+use crate::cgroup::{CgroupError, CgroupPath, SandboxCgroup};
 use crate::io::{VSOCK_SOCKET, socket_in};
 use crate::network::{NetworkError, Nic};
 use crate::share::{Share, ShareError};
@@ -187,15 +187,15 @@ pub fn take_uid(options: &SandboxOptions, state: &StateFile) -> Result<u32, Boot
 /// The cgroup of the sandbox's processes: where somebody asked for, or one of our own if this host lets us have it.
 pub fn create_cgroup(
     options: &SandboxOptions,
-    named: Option<&String>,
+    named: Option<&CgroupPath>,
     state: &StateFile,
 ) -> Result<Option<SandboxCgroup>, BootCause> {
-    let record = |path: String| state.update(|state| state.cgroup = Some(path));
+    let record = |path: CgroupPath| state.update(|state| state.cgroup = Some(path));
     if let Some(path) = named {
         record(path.clone())?;
         return Ok(Some(SandboxCgroup::create(path)?));
     }
-    let path = cgroup::default_path(&options.id);
+    let path = CgroupPath::own(&options.id);
     record(path.clone())?;
     match SandboxCgroup::create_unconfined(&path) {
         Err(error @ CgroupError::Create { .. }) => {

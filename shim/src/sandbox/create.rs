@@ -5,7 +5,6 @@ use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
 use super::{Error, OwnNetwork, Sandbox};
-use crate::cgroup;
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec, PodSize};
@@ -330,11 +329,7 @@ fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
     PodSpec {
         hostname: guest.hostname.clone(),
         netns: guest.network_namespace.clone(),
-        cgroup: guest
-            .cgroups_path
-            .as_deref()
-            .and_then(Path::to_str)
-            .and_then(cgroup::path_of),
+        cgroup: guest.cgroup.clone(),
         size: PodSize::of(spec),
         ..Default::default()
     }

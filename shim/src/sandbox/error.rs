@@ -3,6 +3,7 @@
 use super::process::{ProcessKey, ProcessState};
 use super::rootfs::RootfsError;
 use crate::agent::AgentError;
+use crate::cgroup::CgroupPathError;
 use crate::cleanup::CleanupError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
@@ -74,6 +75,8 @@ pub enum Error {
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]
+    Cgroup(#[from] CgroupPathError),
+    #[error(transparent)]
     Mirror(#[from] MirrorError),
     #[error(transparent)]
     MountPoint(#[from] MountPointError),
@@ -111,6 +114,7 @@ impl Error {
             | Self::Malformed { .. }
             | Self::Signal(_)
             | Self::Spec(_)
+            | Self::Cgroup(_)
             | Self::Annotation(_) => Code::INVALID_ARGUMENT,
             Self::Stdio(StdioError::Endpoint(error)) if error.is_bad_request() => {
                 Code::INVALID_ARGUMENT

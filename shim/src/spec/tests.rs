@@ -54,7 +54,7 @@ fn the_host_side_is_taken_out() {
         guest.network_namespace.as_deref(),
         Some(Path::new("/run/netns/x"))
     );
-    assert_eq!(guest.cgroups_path.as_deref(), Some(Path::new("/a/b")));
+    assert_eq!(guest.cgroup, CgroupPath::parse("/a/b").ok());
     assert_eq!(guest.hostname.as_deref(), Some("web"));
     assert_eq!(guest.host_hooks.prestart.len(), 1);
 

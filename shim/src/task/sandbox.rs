@@ -4,6 +4,7 @@
 //! as `/proc/<pid of StartSandbox>/ns/…`; in the guest the pod's own take their place, whatever the path.
 
 use super::{TaskService, any, rpc_error, stats, status, timestamp, whole};
+use crate::cgroup::CgroupPath;
 use crate::machine::{Pod as PodSpec, PodSize};
 use crate::sandbox::Error;
 use crate::sandbox::events::{SandboxDescription, SandboxState};
@@ -249,11 +250,12 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
             return Err(Error::Unsupported(name));
         }
     }
-    let parent = linux.cgroup_parent.trim_end_matches('/');
+    let parent = Some(linux.cgroup_parent.as_str()).filter(|parent| !parent.is_empty());
+    let cgroup = parent.map(|parent| CgroupPath::in_cri_parent(parent, id));
     Ok(PodSpec {
         hostname: (!config.hostname.is_empty()).then_some(config.hostname),
         netns,
-        cgroup: parent.starts_with('/').then(|| format!("{parent}/{id}")),
+        cgroup: cgroup.transpose()?,
         shared_pid_namespace: mode(namespaces.pid) == NamespaceMode::POD,
         size: PodSize {
             cpu_period: linux.resources.cpu_period,
@@ -303,7 +305,7 @@ mod tests {
         .unwrap();
         assert_eq!(spec.hostname.as_deref(), Some("web"));
         assert_eq!(spec.netns, Some("/run/netns/p".into()));
-        assert_eq!(spec.cgroup.as_deref(), Some("/kubepods/pod1/p"));
+        assert_eq!(spec.cgroup, CgroupPath::parse("/kubepods/pod1/p").ok());
         assert_eq!(spec.sysctls["net.core.somaxconn"], "99");
         assert!(spec.shared_pid_namespace);
         let own = config(NamespaceMode::CONTAINER, NamespaceMode::POD);
