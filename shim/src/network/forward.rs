@@ -11,8 +11,9 @@ use super::lookup::{self, LookupError, Taken};
 use super::{NetworkError, in_netns};
 use crate::io::Dialer;
 use crate::vmm::chain;
+use coffer_bpf::Link;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,7 +45,7 @@ enum ForwardError {
 #[derive(Debug)]
 pub struct PortForward {
     _serving: JoinSet<()>,
-    _link: OwnedFd,
+    _link: Link,
 }
 
 impl PortForward {

@@ -13,8 +13,13 @@
 //! ```
 //!
 //! An accepted socket has the address that the client asked for, so `getsockname` tells where it wanted to go.
-#![allow(unsafe_code, reason = "bpf(2) has no wrapper")]
 
+use coffer_bpf::Helper::{MapLookupElem, SkAssign, SkRelease};
+use coffer_bpf::Instruction::{
+    Add, Call, Exit, Jump, JumpIfEqual, JumpIfNotEqual, LoadByte, LoadWord, Move, Set, StoreWord,
+};
+use coffer_bpf::Register::{R0, R1, R2, R3, R6, R7, R10};
+use coffer_bpf::{Instruction, Kind, Link, Program, Register, SocketMap, slots};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
@@ -22,7 +27,7 @@ use nix::sys::socket::{
 };
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// Connections that wait for their turn, as many as the kernel's own default.
 const BACKLOG: i32 = 128;
@@ -42,16 +47,16 @@ fn at<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> LookupError
     }
 }
 
-/// The listeners of a namespace. When `link` is closed, the kernel looks for sockets as ever.
+/// The listeners of a namespace. When `link` is dropped, the kernel looks for sockets as ever.
 #[derive(Debug)]
 pub(super) struct Taken {
     pub listeners: Vec<TcpListener>,
-    pub link: OwnedFd,
+    pub link: Link,
 }
 
 /// Takes the connections to loopback in the calling thread's network namespace, which `netns` is.
 pub(super) fn take_loopback(netns: BorrowedFd<'_>) -> Result<Taken, LookupError> {
-    let map = create_map().map_err(at("make the map of listeners"))?;
+    let map = SocketMap::new(2).map_err(at("make the map of listeners"))?;
     let mut listeners = Vec::new();
     for (key, address) in [
         (IPV4, (Ipv4Addr::LOCALHOST, 0).into()),
@@ -62,11 +67,15 @@ pub(super) fn take_loopback(netns: BorrowedFd<'_>) -> Result<Taken, LookupError>
             Err(Errno::EAFNOSUPPORT) if key == IPV6 => continue,
             listener => listener.map_err(at("listen on loopback"))?,
         };
-        put(&map, key, &listener).map_err(at("put a listener into the map"))?;
+        map.put(key, listener.as_fd())
+            .map_err(at("put a listener into the map"))?;
         listeners.push(listener.into());
     }
-    let program = load(&assemble(map.as_raw_fd())).map_err(at("load the program"))?;
-    let link = attach(netns, &program).map_err(at("attach the program"))?;
+    let program =
+        Program::load(Kind::SocketLookup, NAME, &assemble(&map)).map_err(at("load the program"))?;
+    let link = program
+        .link_to_netns(netns)
+        .map_err(at("attach the program"))?;
     Ok(Taken { listeners, link })
 }
 
@@ -86,34 +95,12 @@ fn listen_on(address: SocketAddr) -> nix::Result<OwnedFd> {
     Ok(listener)
 }
 
+/// What `bpftool prog` calls it.
+const NAME: &str = "coffer_loopback";
+
 /// Keys of the map.
 const IPV4: u32 = 0;
 const IPV6: u32 = 1;
-
-/// `struct bpf_insn`: code, registers (source << 4 | destination), offset, immediate.
-type Instruction = (u8, u8, i16, i32);
-
-// linux/bpf_common.h and linux/bpf.h: class | size or source | mode or operation
-const LOAD_WORD: u8 = 0x61;
-const LOAD_BYTE: u8 = 0x71;
-const STORE_IMMEDIATE: u8 = 0x62;
-const LOAD_MAP: u8 = 0x18;
-const MOVE: u8 = 0xbf;
-const MOVE_IMMEDIATE: u8 = 0xb7;
-const ADD_IMMEDIATE: u8 = 0x07;
-const JUMP: u8 = 0x05;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
-
-/// Source register that marks a `LOAD_MAP`'s immediate as a descriptor (`BPF_PSEUDO_MAP_FD`).
-const MAP_BY_FD: u8 = 0x10;
-// Helpers: BPF_FUNC_*
-const MAP_LOOKUP_ELEM: i32 = 1;
-const SK_RELEASE: i32 = 86;
-const SK_ASSIGN: i32 = 124;
-const SK_PASS: i32 = 1;
 
 // Offsets in `struct bpf_sk_lookup`
 const FAMILY: i16 = 8;
@@ -121,194 +108,51 @@ const PROTOCOL: i16 = 12;
 const LOCAL_IP4: i16 = 40;
 const LOCAL_IP6: i16 = 44;
 
-/// An offset that stands for "to the end of the program, where it passes".
-const PASS: i16 = i16::MAX;
-/// Over the IPv4 part, to the part for IPv6; and from its end over that.
-const TO_IPV6: i16 = 4;
-const OVER_IPV6: i16 = 9;
+/// Where the key is on the stack.
+const KEY: i16 = -4;
 
-/// The program. r6 keeps the context, r7 the socket, and the key is on the stack.
-fn assemble(map: RawFd) -> Vec<Instruction> {
-    let ipv6_word = |n: i16| (LOAD_WORD, 0x62, LOCAL_IP6 + 4 * n, 0);
-    let last_of_localhost = 1_u32.to_be().cast_signed();
-    let mut code = vec![
-        (MOVE, 0x16, 0, 0),
-        (LOAD_WORD, 0x62, PROTOCOL, 0),
-        (JUMP_NOT_EQUAL, 0x02, PASS, libc::IPPROTO_TCP),
-        (LOAD_WORD, 0x62, FAMILY, 0),
-        (JUMP_NOT_EQUAL, 0x02, TO_IPV6, libc::AF_INET),
-        // The address is in network order: its first byte comes first.
-        (LOAD_BYTE, 0x62, LOCAL_IP4, 0),
-        (JUMP_NOT_EQUAL, 0x02, PASS, 127),
-        (STORE_IMMEDIATE, 0x0a, -4, IPV4.cast_signed()),
-        (JUMP, 0, OVER_IPV6, 0),
-        ipv6_word(0),
-        (JUMP_NOT_EQUAL, 0x02, PASS, 0),
-        ipv6_word(1),
-        (JUMP_NOT_EQUAL, 0x02, PASS, 0),
-        ipv6_word(2),
-        (JUMP_NOT_EQUAL, 0x02, PASS, 0),
-        ipv6_word(3),
-        (JUMP_NOT_EQUAL, 0x02, PASS, last_of_localhost),
-        (STORE_IMMEDIATE, 0x0a, -4, IPV6.cast_signed()),
-        // r0 = listeners[key]
-        (LOAD_MAP, MAP_BY_FD | 1, 0, map),
-        (0, 0, 0, 0),
-        (MOVE, 0xa2, 0, 0),
-        (ADD_IMMEDIATE, 0x02, 0, -4),
-        (CALL, 0, 0, MAP_LOOKUP_ELEM),
-        (JUMP_EQUAL, 0x00, PASS, 0),
-        (MOVE, 0x07, 0, 0),
-        // Without a flag it fails where another program has chosen a socket already, which then stays the choice.
-        (MOVE, 0x61, 0, 0),
-        (MOVE, 0x72, 0, 0),
-        (MOVE_IMMEDIATE, 0x03, 0, 0),
-        (CALL, 0, 0, SK_ASSIGN),
-        (MOVE, 0x71, 0, 0),
-        (CALL, 0, 0, SK_RELEASE),
-    ];
-    let end = code.len();
-    for (i, (_, _, offset, _)) in code.iter_mut().enumerate() {
-        if *offset == PASS {
-            *offset = i16::try_from(end - i - 1).expect("a short program");
-        }
+/// The connection goes on: to the socket that was chosen, or as ever.
+const PASS: [Instruction; 2] = [Set(R0, 1), Exit];
+
+/// Passes unless the register has this value.
+fn pass_unless(register: Register, value: i32) -> [Instruction; 3] {
+    let [set, exit] = PASS;
+    [JumpIfEqual(register, value, slots(&PASS)), set, exit]
+}
+
+/// The program. R6 keeps the context, R7 the socket, and the key is on the stack.
+fn assemble(listeners: &SocketMap) -> Vec<Instruction> {
+    let mut ipv6 = Vec::new();
+    // The address is in network order.
+    for (word, value) in [(0, 0), (1, 0), (2, 0), (3, 1_u32.to_be().cast_signed())] {
+        ipv6.push(LoadWord(R2, R6, LOCAL_IP6 + 4 * word));
+        ipv6.extend(pass_unless(R2, value));
     }
-    code.extend([(MOVE_IMMEDIATE, 0x00, 0, SK_PASS), (EXIT, 0, 0, 0)]);
+    ipv6.push(StoreWord(R10, KEY, IPV6.cast_signed()));
+
+    let mut ipv4 = vec![LoadByte(R2, R6, LOCAL_IP4)];
+    ipv4.extend(pass_unless(R2, 127));
+    ipv4.push(StoreWord(R10, KEY, IPV4.cast_signed()));
+    ipv4.push(Jump(slots(&ipv6)));
+
+    let mut code = vec![Move(R6, R1), LoadWord(R2, R6, PROTOCOL)];
+    code.extend(pass_unless(R2, libc::IPPROTO_TCP));
+    code.push(LoadWord(R2, R6, FAMILY));
+    code.push(JumpIfNotEqual(R2, libc::AF_INET, slots(&ipv4)));
+    code.extend(ipv4);
+    code.extend(ipv6);
+
+    // R7 = listeners[key]
+    code.push(listeners.load_into(R1));
+    code.extend([Move(R2, R10), Add(R2, KEY.into()), Call(MapLookupElem)]);
+    code.push(JumpIfNotEqual(R0, 0, slots(&PASS)));
+    code.extend(PASS);
+    code.push(Move(R7, R0));
+    // Without a flag it fails where another program has chosen a socket already, which then stays the choice.
+    code.extend([Move(R1, R6), Move(R2, R7), Set(R3, 0), Call(SkAssign)]);
+    code.extend([Move(R1, R7), Call(SkRelease)]);
+    code.extend(PASS);
     code
-}
-
-const BPF_MAP_CREATE: libc::c_int = 0;
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_LINK_CREATE: libc::c_int = 28;
-const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
-const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
-const BPF_SK_LOOKUP: u32 = 36;
-
-// The parts of `union bpf_attr` that matter here, one for each command; the kernel takes the rest as 0.
-
-#[repr(C)]
-struct MapCreate {
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-}
-
-#[repr(C)]
-struct MapUpdate {
-    map_fd: u32,
-    _padding: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
-#[repr(C)]
-struct ProgLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-}
-
-#[repr(C)]
-struct LinkCreate {
-    prog_fd: u32,
-    target_fd: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-fn bpf<T>(command: libc::c_int, attr: &T) -> nix::Result<libc::c_int> {
-    // SAFETY: `attr` is the union's beginning, of the size given, and what it points to is alive.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            size_of::<T>(),
-        )
-    };
-    Errno::result(result).map(|value| libc::c_int::try_from(value).unwrap_or_default())
-}
-
-/// For the commands that make a descriptor.
-fn bpf_fd<T>(command: libc::c_int, attr: &T) -> nix::Result<OwnedFd> {
-    let fd = bpf(command, attr)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn number(fd: &impl AsRawFd) -> u32 {
-    fd.as_raw_fd().cast_unsigned()
-}
-
-fn create_map() -> nix::Result<OwnedFd> {
-    let attr = MapCreate {
-        map_type: BPF_MAP_TYPE_SOCKMAP,
-        key_size: 4,
-        value_size: 4,
-        max_entries: 2,
-    };
-    bpf_fd(BPF_MAP_CREATE, &attr)
-}
-
-fn put(map: &OwnedFd, key: u32, listener: &OwnedFd) -> nix::Result<()> {
-    let value = number(listener);
-    let attr = MapUpdate {
-        map_fd: number(map),
-        _padding: 0,
-        key: std::ptr::from_ref(&key) as u64,
-        value: std::ptr::from_ref(&value) as u64,
-        flags: 0,
-    };
-    bpf(BPF_MAP_UPDATE_ELEM, &attr).map(drop)
-}
-
-fn load(code: &[Instruction]) -> nix::Result<OwnedFd> {
-    let bytes: Vec<u8> = code
-        .iter()
-        .flat_map(|(operation, registers, offset, immediate)| {
-            let mut bytes = [*operation, *registers, 0, 0, 0, 0, 0, 0];
-            bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
-            bytes[4..].copy_from_slice(&immediate.to_ne_bytes());
-            bytes
-        })
-        .collect();
-    let attr = ProgLoad {
-        prog_type: BPF_PROG_TYPE_SK_LOOKUP,
-        insn_cnt: u32::try_from(code.len()).unwrap_or(u32::MAX),
-        insns: bytes.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-        kern_version: 0,
-        prog_flags: 0,
-        prog_name: *b"coffer_loopback\0",
-        prog_ifindex: 0,
-        expected_attach_type: BPF_SK_LOOKUP,
-    };
-    bpf_fd(BPF_PROG_LOAD, &attr)
-}
-
-fn attach(netns: BorrowedFd<'_>, program: &OwnedFd) -> nix::Result<OwnedFd> {
-    let attr = LinkCreate {
-        prog_fd: number(program),
-        target_fd: number(&netns),
-        attach_type: BPF_SK_LOOKUP,
-        flags: 0,
-    };
-    bpf_fd(BPF_LINK_CREATE, &attr)
 }
 
 #[cfg(test)]
