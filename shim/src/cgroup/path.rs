@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Parent of the cgroups that nobody else named. It comes with the first and goes with the last.
-pub(super) const OWN_PARENT: &str = "coffer";
+const OWN_PARENT: &str = "coffer";
 /// Where systemd has the units that name no slice.
 const DEFAULT_SLICE: &str = "system.slice";
 /// What containerd's CRI plugin calls the scopes of its containers.
@@ -58,6 +58,16 @@ impl CgroupPath {
     /// Where a sandbox goes for which nobody named a cgroup. The pid tells it from one of the same name in another state root.
     pub fn own(id: &SandboxId) -> Self {
         Self(format!("/{OWN_PARENT}/{id}-{}", std::process::id()))
+    }
+
+    /// The cgroup above one of [`own`](Self::own).
+    pub(super) fn own_parent(&self) -> Option<Self> {
+        let parent = Self(format!("/{OWN_PARENT}"));
+        (parent.child(self.name()) == *self).then_some(parent)
+    }
+
+    fn name(&self) -> &str {
+        self.0.rsplit('/').next().unwrap_or_default()
     }
 
     /// The cgroup `name` in this one.
