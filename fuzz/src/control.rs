@@ -3,9 +3,7 @@
 use crate::input::Input;
 use coffer_hypervisor::machine;
 use coffer_proto::vmm::{self, Files, FromVmm, Request};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
-};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
@@ -38,13 +36,7 @@ fn deliver<M>(message: &[u8], files: usize, look: impl FnOnce(M))
 where
     M: Serialize + DeserializeOwned + PartialEq + Debug,
 {
-    let (near, far) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .expect("a socket pair");
+    let (near, far) = vmm::control_pair().expect("a socket pair");
     let (mut reader, writer) = std::io::pipe().expect("a pipe");
     let rights = vec![writer.as_raw_fd(); files.min(SCM_MAX_FD)];
     let sent = sendmsg::<()>(

@@ -18,7 +18,6 @@ use coffer_proto::vmm::{
     VmConfig, VsockConfig, console,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -236,12 +235,7 @@ fn report(control: &OwnedFd, ring: &File) -> anyhow::Result<()> {
 }
 
 fn start_vmm(path: &str) -> anyhow::Result<OwnedFd> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
+    let (ours, theirs) = vmm::control_pair()?;
     spawn(Command::new(path), &theirs)?;
     Ok(ours)
 }

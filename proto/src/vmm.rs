@@ -16,7 +16,10 @@
 
 use crate::ids::SandboxId;
 use crate::limits::{MAX_CONTROL_FDS, MAX_CONTROL_MESSAGE};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -206,6 +209,12 @@ pub enum ControlError {
     Io(#[source] std::io::Error),
 }
 
+/// A control socket: the shim's end, and the one that the hypervisor process inherits.
+pub fn control_pair() -> nix::Result<(OwnedFd, OwnedFd)> {
+    let kind = SockType::SeqPacket;
+    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+}
+
 /// Sends one message with its files. Blocks where the socket does.
 pub fn send<M: Serialize>(
     socket: BorrowedFd<'_>,
@@ -331,23 +340,12 @@ pub mod console {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::io::{Read, Seek, Write};
     use std::os::fd::AsFd;
 
-    fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap()
-    }
-
     #[test]
     fn a_message_carries_its_files() {
-        let (a, b) = pair();
+        let (a, b) = control_pair().unwrap();
         let mut file = tempfile();
         file.write_all(b"tap").unwrap();
         send(
@@ -373,7 +371,7 @@ mod tests {
 
     #[test]
     fn the_end_of_the_peer_is_told() {
-        let (a, b) = pair();
+        let (a, b) = control_pair().unwrap();
         drop(a);
         assert!(matches!(
             receive::<Request>(b.as_fd()),
@@ -387,7 +385,7 @@ mod tests {
 
     #[test]
     fn garbage_and_unknown_requests_are_refused() {
-        let (a, b) = pair();
+        let (a, b) = control_pair().unwrap();
         for bad in [
             &b"{"[..],
             b"\"fly\"",
@@ -404,7 +402,7 @@ mod tests {
     #[test]
     fn files_beyond_the_limit_are_refused_and_closed() {
         for count in [MAX_CONTROL_FDS + 1, SCM_MAX_FD] {
-            let (a, b) = pair();
+            let (a, b) = control_pair().unwrap();
             let (mut reader, writer) = std::io::pipe().unwrap();
             let message = serde_json::to_vec(&Request::Stop).unwrap();
             let files = vec![writer.as_raw_fd(); count];

@@ -9,7 +9,7 @@ use coffer_proto::vmm::{
 use coffer_tests::{PATIENCE, asset, noise, product};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -106,13 +106,7 @@ impl Vm {
             balloon: true,
             uid: UNPRIVILEGED,
         };
-        let (control, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (control, theirs) = vmm::control_pair().unwrap();
         setsockopt(&control, sockopt::ReceiveTimeout, &TimeVal::new(0, 100_000)).unwrap();
         let program = product(if own { "coffer-vmm" } else { "coffer-qemu" });
         let vmm = spawn(Command::new(program), &theirs);

@@ -220,13 +220,11 @@ fn tsc_khz(cpuinfo: &str) -> Option<u64> {
 mod tests {
     use super::*;
     use coffer_proto::vmm::{self, FdIndex, Request, VsockConfig};
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::os::fd::AsFd;
 
     /// `count` open files, as they come with a request.
     fn files(count: usize) -> Files {
-        let kind = SockType::SeqPacket;
-        let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (a, b) = vmm::control_pair().unwrap();
         vmm::send(a.as_fd(), &Request::Metrics, &vec![a.as_fd(); count]).unwrap();
         vmm::receive::<Request>(b.as_fd()).unwrap().1
     }

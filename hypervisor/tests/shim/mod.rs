@@ -8,7 +8,7 @@ use coffer_proto::vmm::{
     self, CONTROL_FD, Event, Exit, FdIndex, FromVmm, Metrics, Reply, Request, VmConfig,
     VsockConfig, console,
 };
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -63,7 +63,7 @@ impl Vmm {
         let mut setup = Setup {
             config: config(),
             initrd: b"initrd".to_vec(),
-            control: Box::new(control_socket),
+            control: Box::new(|| vmm::control_pair().unwrap()),
             program: env!("CARGO_BIN_EXE_coffer-vmm"),
         };
         change(&mut setup);
@@ -191,16 +191,6 @@ impl Drop for Vmm {
     }
 }
 
-fn control_socket() -> (OwnedFd, OwnedFd) {
-    socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap()
-}
-
 /// A process that made a control socket, gave it away, and does nothing any more.
 pub struct Supervisor {
     pid: nix::unistd::Pid,
@@ -211,11 +201,11 @@ pub struct Supervisor {
 impl Supervisor {
     #[allow(unsafe_code)]
     pub fn new() -> Self {
-        let (near, far) = control_socket();
+        let (near, far) = vmm::control_pair().unwrap();
         // SAFETY: the child makes system calls only; what it allocates it takes from its own copy of the heap.
         match unsafe { nix::unistd::fork() }.unwrap() {
             nix::unistd::ForkResult::Child => {
-                let (control, theirs) = control_socket();
+                let (control, theirs) = vmm::control_pair().unwrap();
                 vmm::send(
                     far.as_fd(),
                     &Request::Stop,

@@ -29,6 +29,12 @@ impl Rig {
         Dialer::new(self.dir.path(), 1).unwrap()
     }
 
+    /// The host's side of a process with these streams.
+    async fn attach(&self, paths: &StdioPaths) -> Result<ProcessIo, StdioError> {
+        let endpoints = Endpoints::open(paths, &key(), "").await.unwrap();
+        ProcessIo::attach(endpoints, &self.dialer(), &key()).await
+    }
+
     /// The guest's side of one connection, on a thread.
     fn guest<T: Send + 'static>(
         &self,
@@ -60,6 +66,14 @@ fn uri(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
+/// A process with nothing but standard output.
+fn stdout(uri: String) -> StdioPaths {
+    StdioPaths {
+        stdout: uri,
+        ..Default::default()
+    }
+}
+
 /// Bytes in which a lost, doubled or swapped block shows.
 fn pattern(length: usize) -> Vec<u8> {
     (0..length)
@@ -71,10 +85,7 @@ fn pattern(length: usize) -> Vec<u8> {
 async fn a_hundred_mebibytes_arrive_intact() {
     let rig = Rig::new();
     let path = rig.fifo("out");
-    let paths = StdioPaths {
-        stdout: uri(&path),
-        ..Default::default()
-    };
+    let paths = stdout(uri(&path));
     let data = pattern(100 << 20);
     let sent = data.clone();
     let guest = rig.guest(ATTACHED, move |mut stream, hello| {
@@ -88,13 +99,7 @@ async fn a_hundred_mebibytes_arrive_intact() {
         stream.write_all(&sent).unwrap();
     });
     let reader = std::thread::spawn(move || fs::read(path).unwrap());
-    let io = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await
-    .unwrap();
+    let io = rig.attach(&paths).await.unwrap();
     io.drained().await;
     guest.join().unwrap();
     assert!(reader.join().unwrap() == data);
@@ -104,22 +109,13 @@ async fn a_hundred_mebibytes_arrive_intact() {
 async fn a_late_reader_gets_everything_from_the_start() {
     let rig = Rig::new();
     let path = rig.fifo("out");
-    let paths = StdioPaths {
-        stdout: format!("fifo://{}", uri(&path)),
-        ..Default::default()
-    };
+    let paths = stdout(format!("fifo://{}", uri(&path)));
     let data = pattern(3 << 20);
     let sent = data.clone();
     let guest = rig.guest(ATTACHED, move |mut stream, _| {
         stream.write_all(&sent).unwrap();
     });
-    let io = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await
-    .unwrap();
+    let io = rig.attach(&paths).await.unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     let reader = std::thread::spawn(move || fs::read(path).unwrap());
     io.drained().await;
@@ -131,10 +127,7 @@ async fn a_late_reader_gets_everything_from_the_start() {
 async fn without_a_reader_the_process_is_held_back() {
     let rig = Rig::new();
     let path = rig.fifo("out");
-    let paths = StdioPaths {
-        stdout: uri(&path),
-        ..Default::default()
-    };
+    let paths = stdout(uri(&path));
     let guest = rig.guest(ATTACHED, |mut stream, _| {
         stream
             .set_write_timeout(Some(Duration::from_millis(300)))
@@ -146,13 +139,7 @@ async fn without_a_reader_the_process_is_held_back() {
         }
         total
     });
-    let io = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await
-    .unwrap();
+    let io = rig.attach(&paths).await.unwrap();
     let taken = tokio::task::spawn_blocking(|| guest.join().unwrap())
         .await
         .unwrap();
@@ -182,13 +169,7 @@ async fn input_ends_with_close_io_and_not_with_a_client_that_leaves() {
         stream.read_to_end(&mut rest).unwrap();
         (first, rest)
     });
-    let mut io = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await
-    .unwrap();
+    let mut io = rig.attach(&paths).await.unwrap();
     for part in [&b"one"[..], b"two"] {
         // Opens, writes and leaves.
         fs::write(&path, part).unwrap();
@@ -212,13 +193,7 @@ async fn an_output_can_be_a_plain_file() {
         ..Default::default()
     };
     let guest = rig.guest(ATTACHED, |mut stream, _| stream.write_all(b"oops").unwrap());
-    let io = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await
-    .unwrap();
+    let io = rig.attach(&paths).await.unwrap();
     io.drained().await;
     guest.join().unwrap();
     assert_eq!(fs::read(path).unwrap(), b"oops");
@@ -241,10 +216,7 @@ async fn misplaced_loggers_and_missing_fifos_are_refused_by_name() {
         ..Default::default()
     });
     assert!(stdin.await.contains("stdin \"binary://"));
-    let missing = open(StdioPaths {
-        stdout: "/nonexistent/fifo".into(),
-        ..Default::default()
-    });
+    let missing = open(stdout("/nonexistent/fifo".into()));
     assert!(missing.await.contains("/nonexistent/fifo"));
 }
 
@@ -297,17 +269,9 @@ async fn a_logger_gets_what_the_process_writes_and_ends_after_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_the_agent_does_not_know_is_an_error() {
     let rig = Rig::new();
-    let paths = StdioPaths {
-        stdout: uri(&rig.fifo("out")),
-        ..Default::default()
-    };
+    let paths = stdout(uri(&rig.fifo("out")));
     let guest = rig.guest(REFUSED, |_, _| ());
-    let result = ProcessIo::attach(
-        Endpoints::open(&paths, &key(), "").await.unwrap(),
-        &rig.dialer(),
-        &key(),
-    )
-    .await;
+    let result = rig.attach(&paths).await;
     assert!(matches!(
         result,
         Err(StdioError::Refused { stream: "stdout" })

@@ -11,9 +11,10 @@ use crate::state::{State, StateError, StateFile};
 use crate::vmm::{VmmError, chain};
 use coffer_proto::ids::SandboxId;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, MAX_VCPUS, SHARE_TAG};
-use coffer_proto::vmm::{FdIndex, FsConfig, HostPort, NicConfig, VmConfig, VsockConfig, console};
+use coffer_proto::vmm::{
+    FdIndex, FsConfig, HostPort, NicConfig, VmConfig, VsockConfig, console, control_pair,
+};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -225,13 +226,7 @@ pub fn start_fsd(options: &SandboxOptions, share: &Share) -> Result<(Child, Owne
 
 /// Starts coffer-vmm or coffer-qemu; gives our end of its control socket.
 pub fn start_hypervisor(options: &SandboxOptions) -> Result<(Child, OwnedFd), BootCause> {
-    let pair = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    );
-    let (ours, theirs) = pair.map_err(|error| BootCause::Socket(error.into()))?;
+    let (ours, theirs) = control_pair().map_err(|error| BootCause::Socket(error.into()))?;
     let child = Child::spawn(
         &options.libexec.join(options.hypervisor.program()),
         &[],

@@ -1,6 +1,5 @@
 use super::*;
 use crate::machine::child::ProcessId;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::ffi::OsStr;
 use std::path::Path;
 
@@ -15,13 +14,7 @@ impl Drop for Reaped {
 
 /// A process that only holds its end of the control socket, and that end once more for the test to speak.
 fn start() -> (Vmm, OwnedFd, Reaped) {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap();
+    let (ours, theirs) = coffer_proto::vmm::control_pair().unwrap();
     let args = [OsStr::new("600")];
     let child = Child::spawn(Path::new("/bin/sleep"), &args, theirs.as_fd()).unwrap();
     let reaped = Reaped(child.id);
