@@ -35,45 +35,7 @@ struct Row {
 
 /// `coffer ps`: every sandbox below the root with its containers.
 pub(super) async fn list(config: &Config, as_json: bool) -> Result<(), Error> {
-    let mut rows = Vec::new();
-    for id in sandboxes(&config.root)? {
-        // It may have ended since the directory was read.
-        let Ok(Some(state)) = State::load(&config.root, &id) else {
-            continue;
-        };
-        let found = Found {
-            id: id.clone(),
-            state: state.clone(),
-            root: config.root.clone(),
-            wanted: ContainerId::new(id.as_str()).expect("both kinds of id have the same form"),
-        };
-        if state.containers.is_empty() {
-            let status = if found.alive() { "creating" } else { "dead" }.to_owned();
-            rows.push(Row {
-                sandbox: id,
-                container: None,
-                status,
-                state,
-            });
-            continue;
-        }
-        for (container, record) in &state.containers {
-            let mut status = live_state(&found, container, record)
-                .await
-                .status
-                .to_owned();
-            if !found.alive() {
-                status = "dead".into();
-            }
-            let row = Row {
-                sandbox: id.clone(),
-                container: Some(container.clone()),
-                status,
-                state: state.clone(),
-            };
-            rows.push(row);
-        }
-    }
+    let rows = rows(config).await?;
     if as_json {
         let rows: Vec<_> = rows.iter().map(row_json).collect();
         println!("{}", json!(rows));
@@ -96,6 +58,36 @@ pub(super) async fn list(config: &Config, as_json: bool) -> Result<(), Error> {
         );
     }
     Ok(())
+}
+
+async fn rows(config: &Config) -> Result<Vec<Row>, Error> {
+    let mut rows = Vec::new();
+    for id in sandboxes(&config.root)? {
+        // It may have ended since the directory was read.
+        let Ok(Some(state)) = State::load(&config.root, &id) else {
+            continue;
+        };
+        let found = Found {
+            id: id.clone(),
+            state: state.clone(),
+            root: config.root.clone(),
+            wanted: ContainerId::new(id.as_str()).expect("both kinds of id have the same form"),
+        };
+        let row = |container: Option<&ContainerId>, status: &str| Row {
+            sandbox: id.clone(),
+            container: container.cloned(),
+            status: if found.alive() { status } else { "dead" }.to_owned(),
+            state: state.clone(),
+        };
+        if state.containers.is_empty() {
+            rows.push(row(None, "creating"));
+        }
+        for (container, record) in &state.containers {
+            let live = live_state(&found, container, record).await;
+            rows.push(row(Some(container), live.status));
+        }
+    }
+    Ok(rows)
 }
 
 fn row_json(row: &Row) -> Value {

@@ -22,7 +22,7 @@ use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::cleanup;
 use crate::io::Dialer;
 use crate::mirror::Mirrors;
-use crate::network::{self, PortForward};
+use crate::network::{self, Nic, PortForward};
 use crate::share::Share;
 use crate::spec::CpuNeed;
 use crate::state::StateFile;
@@ -36,7 +36,7 @@ use evidence::{Evidence, console_tail};
 use phases::Phases;
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Mutex;
@@ -167,17 +167,7 @@ async fn assemble(
         options.cgroup.as_ref().or(pod.cgroup.as_ref()),
         state,
     )?;
-    let (wiring, nics) = match &pod.netns {
-        Some(netns) => {
-            // One without a name of its own goes with its last holder, and leaves nothing to undo.
-            if !netns.starts_with("/proc/self") {
-                state.update(|state| state.netns = Some(netns.clone()))?;
-            }
-            let (wiring, nics) = Wiring::begin(netns, uid, options.hypervisor.nic_slots()).await?;
-            (Some(wiring), nics)
-        }
-        None => (None, Vec::new()),
-    };
+    let (wiring, nics) = begin_wiring(options, pod.netns.as_deref(), uid, state).await?;
     phases.done("network")?;
 
     let (fsd, fs_socket) = parts::start_fsd(options, &share)?;
@@ -216,13 +206,7 @@ async fn assemble(
             Ok(guest) => guest,
             Err(error) => return Err(no_agent(error, &vmm, deadline).await),
         },
-        reason = vmm.gone() => return Err(BootCause::Gone(reason)),
-        ended = fsd.ended() => {
-            // Without a fault of its own it follows the VM, whose end is told a moment later.
-            let cause = timeout(BETTER_REASON, vmm.gone());
-            let cause = if fsd.left_in_order() { cause.await.ok() } else { None };
-            return Err(BootCause::Gone(cause.unwrap_or(ended)));
-        }
+        reason = first_end(&vmm, &fsd) => return Err(BootCause::Gone(reason)),
     };
     phases.guest(&vmm, guest)?;
 
@@ -250,6 +234,37 @@ async fn assemble(
         },
         ending: OnceLock::new(),
     })
+}
+
+/// Takes over the pod's network, if it has one: what is kept of it, and the VM's cards.
+async fn begin_wiring(
+    options: &SandboxOptions,
+    netns: Option<&Path>,
+    uid: u32,
+    state: &StateFile,
+) -> Result<(Option<Wiring>, Vec<Nic>), BootCause> {
+    let Some(netns) = netns else {
+        return Ok((None, Vec::new()));
+    };
+    // One without a name of its own goes with its last holder, and leaves nothing to undo.
+    if !netns.starts_with("/proc/self") {
+        state.update(|state| state.netns = Some(netns.to_owned()))?;
+    }
+    let (wiring, nics) = Wiring::begin(netns, uid, options.hypervisor.nic_slots()).await?;
+    Ok((Some(wiring), nics))
+}
+
+/// Waits until one of the two is gone; gives the reason. coffer-fsd without a fault of its own follows the VM, whose end is told a
+/// moment later.
+async fn first_end(vmm: &Vmm, fsd: &Child) -> String {
+    tokio::select! {
+        reason = vmm.gone() => reason,
+        ended = fsd.ended() => {
+            let reason = timeout(BETTER_REASON, vmm.gone());
+            let reason = if fsd.left_in_order() { reason.await.ok() } else { None };
+            reason.unwrap_or(ended)
+        }
+    }
 }
 
 fn start_request(
