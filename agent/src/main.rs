@@ -10,6 +10,10 @@
 //!                     forward.rs one per TCP connection that the host makes to the guest's loopback
 //! ```
 //!
+//! [`boot`] and [`console`] are for the start; [`guest`], [`cpus`] and [`network`] are the guest as a machine. [`sandbox`] keeps its
+//! containers and processes in [`table`]s; a [`process`] has [`stdio`]; [`events`] is what the shim hears unasked; [`pause`] is PID 1 of a
+//! PID namespace that is shared.
+//!
 //! The agent has threads, and a process with threads can't safely run code between fork and exec. Whatever must
 //! happen there runs in this same program, started anew under another `argv[0]`: see [`Role`].
 

@@ -2,6 +2,11 @@
 //!
 //! Reading order for `coffer-vmm`: [`machine`] builds a VM in one straight recipe, [`jail`] and [`seccomp`] lock the
 //! process up, [`vcpu`] runs the guest, [`event_loop`] serves devices and the shim ([`control`]) until the VM ends.
+//!
+//! - [`boot`], [`layout`], [`mptable`], [`cpuid`]: what the guest's kernel finds when it starts.
+//! - [`memory`]: the guest's RAM; [`bus`] and [`virtio`]: its devices; [`ring`]: its console.
+//! - [`notice`], [`metrics`], [`clock`]: what threads tell the main loop, what is counted, and since when.
+//! - [`qemu`]: all of `coffer-qemu`.
 
 pub mod boot;
 pub mod bus;

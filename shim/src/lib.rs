@@ -6,13 +6,13 @@
 //!                        └─────► io    ══ vsock ═══════► one connection per stdio stream
 //! ```
 //!
-//! - [`supervise`](mod@supervise): the supervisor's life; [`task`]: its RPC service.
+//! - [`supervise`](mod@supervise): the supervisor's life; [`task`]: its RPC service; [`containerd`]: how containerd starts and stops it.
 //! - [`sandbox`]: the pod's state machine, and a recipe for each verb.
 //! - [`machine`]: what a sandbox is asked to be, and the recipe that boots it.
 //! - [`vmm`], [`agent`], [`io`]: clients of the hypervisor process, the agent, and its stdio streams.
 //! - [`state`] and [`cleanup`](mod@cleanup): what is on disk, and how a sandbox leaves the host by it alone.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
-//! - [`lease`]: processes of the host that stand for those of the guest.
+//! - [`lease`]: processes of the host that stand for those of the guest; [`parked`]: one that stands for a namespace.
 //! - [`mirror`](mod@mirror): volumes of which the guest has a copy, for the sake of inotify.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.

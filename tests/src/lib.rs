@@ -7,6 +7,9 @@
 //! Where to find things comes from the environment, which `cargo xtask test` sets:
 //! `COFFER_TEST_PRODUCT` (directory of the binaries and the guest image), `COFFER_TEST_ASSETS` (root file systems and
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
+//!
+//! The callers that tests take the place of: [`cri`] a kubelet, [`shim`] and [`task`] containerd, [`conmon`] and [`oci`] an engine or its
+//! monitor; [`podman`] runs the real one. [`bundle`] is what they run, [`schema`] the form of what they get.
 
 pub mod bundle;
 pub mod conmon;
