@@ -2,6 +2,7 @@
 
 use super::default_spec::{self, SpecError};
 use super::options::ContainerOptions;
+use super::unicode;
 use crate::image::{self, Image, Root, RunConfig};
 use coffer_proto::ids::ContainerId;
 use nix::fcntl::OFlag;
@@ -39,7 +40,12 @@ pub(super) fn around_rootfs(
     };
     let root = Root::open(rootfs).map_err(rejected)?;
     let mut spec = default_spec::make(id, options, &RunConfig::default(), &root)?;
-    spec["root"]["path"] = json!(rootfs.canonicalize().map_err(rejected)?);
+    spec["root"]["path"] = json!(
+        rootfs
+            .canonicalize()
+            .and_then(unicode::path)
+            .map_err(rejected)?
+    );
     write(sandbox, &spec)
 }
 

@@ -15,7 +15,7 @@ use super::options::{CreateOptions, DetachedOptions};
 use super::order::{self, Network, Order, Places, StandInProcess};
 use super::supervisor::{self, Supervisor};
 use super::view::{View, Volume};
-use super::{Error, find, inspect};
+use super::{Error, find, inspect, unicode};
 use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::check;
 use crate::config::Config;
@@ -61,7 +61,8 @@ impl New<'_> {
     /// Creates it; gives its stand-in.
     pub(super) async fn create(self, config: &Config) -> Result<StandInProcess, Error> {
         let id = self.id;
-        let directory = self.bundle.canonicalize().map_err(|source| Error::Io {
+        let directory = self.bundle.canonicalize().and_then(unicode::path);
+        let directory = directory.map_err(|source| Error::Io {
             what: format!("the bundle {:?} can't be used", self.bundle),
             source,
         })?;

@@ -8,6 +8,7 @@ mod seccomp;
 pub(super) use capabilities::capability;
 
 use super::options::ContainerOptions;
+use super::unicode;
 use super::user::{self, UserError};
 use super::values::Volume;
 use crate::image::{Root, RunConfig};
@@ -195,7 +196,7 @@ pub(super) fn merge_env(lists: &[&[String]]) -> Vec<String> {
 }
 
 fn mount(volume: &Volume) -> Result<Value, SpecError> {
-    let source = volume.source.canonicalize();
+    let source = volume.source.canonicalize().and_then(unicode::path);
     let source = source.map_err(|error| SpecError::Volume {
         path: volume.source.clone(),
         source: error,

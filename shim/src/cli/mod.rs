@@ -1,6 +1,6 @@
 //! The `coffer` command line. Every command is a client of a sandbox's supervisor, or reads what that wrote.
 //!
-//! - [`options`]: what can be said; [`values`]: what the words mean.
+//! - [`options`]: what can be said; [`values`]: what the words mean; [`unicode`]: of what they are made.
 //! - [`run`] and [`exec`]: processes in the foreground ([`session`], [`stdio`], [`terminal`]).
 //! - [`bundle`], [`default_spec`], [`user`]: from a root directory or an image to an OCI bundle.
 //! - [`inspect`]: ps, state, stats, logs, console. [`delete`]: the end of a sandbox.
@@ -31,6 +31,7 @@ mod supervisor;
 mod terminal;
 mod time;
 mod timings;
+mod unicode;
 mod update;
 mod user;
 mod values;
@@ -170,6 +171,10 @@ fn one_line(error: &dyn std::error::Error) -> String {
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    if let Some(word) = unicode::misfit(std::env::args_os()) {
+        eprintln!("coffer: the argument {word:?} is not UTF-8");
+        return ExitCode::from(FAILED);
+    }
     let line = match CommandLine::try_parse() {
         Ok(line) => line,
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
@@ -270,7 +275,8 @@ fn execute(line: CommandLine) -> Result<u8, Error> {
     if let Some(root) = line.global.root.or(variable) {
         config.root = root;
     }
-    config.root = std::path::absolute(&config.root).map_err(|source| Error::Io {
+    let root = std::path::absolute(&config.root).and_then(unicode::path);
+    config.root = root.map_err(|source| Error::Io {
         what: format!("the state root {:?} can't be used", config.root),
         source,
     })?;

@@ -2,7 +2,7 @@
 
 use super::options::DetachedOptions;
 use super::view::View;
-use super::{Error, FAILED, supervisor};
+use super::{Error, FAILED, supervisor, unicode};
 use crate::cgroup::CgroupPath;
 use crate::lease::OciRecord;
 use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
@@ -44,7 +44,8 @@ pub(super) struct Places {
 impl Places {
     pub(super) fn absolute(options: &DetachedOptions) -> Result<Self, Error> {
         let absolute = |path: &Option<PathBuf>| {
-            let absolute = path.as_deref().map(std::path::absolute).transpose();
+            let absolute = |path: &Path| std::path::absolute(path).and_then(unicode::path);
+            let absolute = path.as_deref().map(absolute).transpose();
             absolute.map_err(|source| Error::Io {
                 what: format!("the path {path:?} can't be used"),
                 source,

@@ -6,7 +6,7 @@ use super::session::{Caller, FORWARDED, Session};
 use super::stdio::Fifos;
 use super::supervisor::{self, Supervisor};
 use super::values::{Cpus, MemorySize};
-use super::{Error, bundle, oci_run, timings};
+use super::{Error, bundle, oci_run, timings, unicode};
 use crate::check;
 use crate::config::Config;
 use crate::machine::SandboxOptions;
@@ -126,7 +126,10 @@ fn existing_bundle(
         what: format!("the bundle {path:?} can't be used"),
         source,
     };
-    let directory = path.canonicalize().map_err(rejected)?;
+    let directory = path
+        .canonicalize()
+        .and_then(unicode::path)
+        .map_err(rejected)?;
     let bundle = Bundle::load(&directory)?;
     let terminal = bundle.for_guest(container)?.terminal;
     let limits = bundle

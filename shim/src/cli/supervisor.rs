@@ -67,8 +67,8 @@ impl Supervisor {
             what: "can't start the supervisor".into(),
             source,
         };
+        let json = serde_json::to_vec(options).map_err(|error| failed(error.into()))?;
         let mut process = command.spawn().map_err(failed)?;
-        let json = serde_json::to_vec(options).expect("the options have only string keys");
         let (mut stdin, stdout) = (
             process.stdin.take().expect("piped"),
             process.stdout.take().expect("piped"),
