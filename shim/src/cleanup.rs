@@ -7,12 +7,12 @@
 use crate::cgroup::{CgroupError, SandboxCgroup};
 use crate::machine::child::ProcessId;
 use crate::network::{self, NetworkError};
+use crate::removal;
 use crate::share::{Share, ShareError};
 use crate::state::{State, StateError};
 use coffer_proto::ids::SandboxId;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -52,12 +52,7 @@ pub fn cleanup(root: &Path, id: &SandboxId) -> Result<(), CleanupError> {
     let share = Share::remove(&dir);
     released?;
     share?;
-    match fs::remove_dir_all(&dir) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(CleanupError::Remove { path: dir, source })
-        }
-        _ => Ok(()),
-    }
+    removal::remove_tree(&dir).map_err(|source| CleanupError::Remove { path: dir, source })
 }
 
 /// Frees everything the state names except the directory with the state itself. Gives the first error of all steps.
@@ -121,6 +116,7 @@ mod tests {
     use crate::state::{StateFile, tests::options};
     use coffer_proto::ids::ContainerId;
     use std::ffi::OsStr;
+    use std::fs;
     use std::os::fd::AsFd;
 
     #[tokio::test]

@@ -11,6 +11,7 @@
 //! - [`machine`]: what a sandbox is asked to be, and the recipe that boots it.
 //! - [`vmm`], [`agent`], [`io`]: clients of the hypervisor process, the agent, and its stdio streams.
 //! - [`state`] and [`cleanup`](mod@cleanup): what is on disk, and how a sandbox leaves the host by it alone.
+//! - [`removal`]: how a directory goes that a container wrote to.
 //! - [`spec`], [`mount_points`], [`share`]: from the bundle to what the guest sees of the host.
 //! - [`lease`]: processes of the host that stand for those of the guest; [`parked`]: one that stands for a namespace.
 //! - [`mirror`](mod@mirror): volumes of which the guest has a copy, for the sake of inotify.
@@ -41,6 +42,7 @@ pub mod mirror;
 pub mod mount_points;
 pub mod network;
 pub mod parked;
+pub mod removal;
 pub mod sandbox;
 pub mod share;
 pub mod spec;

@@ -9,11 +9,10 @@ use crate::cleanup;
 use crate::config::Config;
 use crate::hooks;
 use crate::machine::child::ProcessId;
+use crate::removal;
 use crate::state::{State, StateFile};
 use coffer_proto::ids::{ContainerId, SandboxId};
 use containerd_shim_protos::ttrpc::Code;
-use std::fs;
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
@@ -120,13 +119,10 @@ async fn forget(found: &Found) -> Result<(), Error> {
 async fn remove_sandbox(root: &Path, id: &SandboxId) -> Result<(), Error> {
     supervisor::remove(root.to_owned(), id.clone()).await?;
     let staging = staging_directory(root, id);
-    match fs::remove_dir_all(&staging) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io {
-            what: format!("can't remove {staging:?}"),
-            source,
-        }),
-        _ => Ok(()),
-    }
+    removal::remove_tree(&staging).map_err(|source| Error::Io {
+        what: format!("can't remove {staging:?}"),
+        source,
+    })
 }
 
 /// Has the supervisor delete the container, or all if the sandbox was meant, and end if none is left.

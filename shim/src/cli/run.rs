@@ -10,6 +10,7 @@ use super::{Error, bundle, oci_run, timings, unicode};
 use crate::check;
 use crate::config::Config;
 use crate::machine::SandboxOptions;
+use crate::removal;
 use crate::spec::Bundle;
 use crate::state::State;
 use coffer_proto::ids::{ContainerId, SandboxId};
@@ -343,9 +344,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
+        if let Err(error) = removal::remove_tree(&self.path) {
             eprintln!("coffer: can't remove {}: {error}", self.path.display());
         }
     }
