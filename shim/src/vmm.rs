@@ -237,8 +237,13 @@ impl Connection {
             Ok(ended) => ended,
             Err(_) => {
                 let id = child.id;
-                let killed = tokio::task::spawn_blocking(move || id.kill(EXIT_DEADLINE)).await;
-                format!("it closed its control socket and had to be killed ({killed:?})")
+                match tokio::task::spawn_blocking(move || id.kill(EXIT_DEADLINE)).await {
+                    Ok(Ok(())) => "it closed its control socket and had to be killed".to_owned(),
+                    Ok(Err(error)) => {
+                        format!("it closed its control socket and can't be killed: {error}")
+                    }
+                    Err(_) => "it closed its control socket while the supervisor ended".to_owned(),
+                }
             }
         };
         reason(self.exit, broken, &ended)
@@ -320,18 +325,18 @@ fn reason(exit: Option<Exit>, broken: Option<String>, ended: &str) -> String {
     }
 }
 
-/// An error and its causes in one line.
+/// An error and its causes in one line. A cause whose text is in the text already is not repeated.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
+        let next = cause.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
         }
         source = cause.source();
     }
-    text
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

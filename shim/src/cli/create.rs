@@ -24,6 +24,7 @@ use crate::lease::OciRecord;
 use crate::machine::SandboxOptions;
 use crate::sandbox::create::SANDBOX_ANNOTATIONS;
 use crate::spec::{Bind, Bundle, GuestSpec};
+use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
@@ -259,7 +260,7 @@ impl Creation<'_> {
             let _ = task.shutdown(&id).await;
         }
         if let Err(error) = supervisor.ended().await {
-            eprintln!("coffer: warning: {}", super::one_line(&error));
+            eprintln!("coffer: warning: {}", chain(&error));
         }
         let _ = supervisor::remove(self.config.root.clone(), id).await;
     }

@@ -1,9 +1,10 @@
 //! Finding a container by its id, and the supervisor that has it.
 
+use super::Error;
 use super::client::{Process, ProcessState, Task, TaskError};
-use super::{Error, one_line};
 use crate::config::Config;
 use crate::state::{ContainerRecord, StandIn, State, Status};
+use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use std::fs;
 use std::io;
@@ -157,7 +158,7 @@ impl Found {
         }
         let reason = match &self.state.status {
             Status::Stopped { reason } => reason.clone(),
-            _ if self.alive() => one_line(&error),
+            _ if self.alive() => chain(&error),
             _ => "its supervisor died; coffer delete removes what is left".into(),
         };
         Error::Dead {

@@ -46,6 +46,7 @@ use crate::lease::LeaseError;
 use crate::spec::SpecError;
 use crate::state::StateError;
 use crate::supervise::SuperviseError;
+use crate::vmm::chain;
 use clap::Parser;
 use clap::error::ErrorKind;
 use client::TaskError;
@@ -155,20 +156,6 @@ impl Error {
     }
 }
 
-/// An error and its causes. A cause whose text is in the text already is not repeated.
-fn one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
 /// The whole program.
 pub fn main() -> ExitCode {
     if let Some(word) = unicode::misfit(std::env::args_os()) {
@@ -195,7 +182,7 @@ pub fn main() -> ExitCode {
     match execute(line) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            let message = one_line(&error);
+            let message = chain(&error);
             eprintln!("coffer: {message}");
             write_error_log(&runtime, &message);
             // Only commands that end with a program's status have more than one.
@@ -487,7 +474,7 @@ mod tests {
             source,
         };
         assert_eq!(
-            one_line(&error),
+            chain(&error),
             "can't write \"/x\": No space left on device (os error 28)"
         );
         assert_eq!(

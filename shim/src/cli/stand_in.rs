@@ -17,11 +17,12 @@ use super::session::{Caller, Session};
 use super::stdio::{Copying, Fifos};
 use super::terminal::RawMode;
 use super::view::{self, View, ViewError};
-use super::{Error, FAILED, REFUSED, one_line, oom};
+use super::{Error, FAILED, REFUSED, oom};
 use crate::cgroup::SandboxCgroup;
 use crate::config::Config;
 use crate::lease::{Lease, Registration};
 use crate::state::{State, Status};
+use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -104,7 +105,7 @@ fn take_place(control: &mut Control) -> Result<Order, Error> {
 
 fn refuse(control: &mut Control, error: &Error) {
     let answer = Answer::Failed {
-        message: one_line(error),
+        message: chain(error),
         status: error.exit_status(),
     };
     // Without a caller there is nobody to tell.
@@ -261,7 +262,7 @@ impl Standing {
         });
         let status = match status {
             Ok(status) => status,
-            Err(error) => return (FAILED, Some(stopped.unwrap_or_else(|| one_line(&error)))),
+            Err(error) => return (FAILED, Some(stopped.unwrap_or_else(|| chain(&error)))),
         };
         if self.order.exec.is_some() {
             return match state.and_then(|state| state.vm_died_under(status.into())) {

@@ -11,6 +11,7 @@ use super::client::Task;
 use crate::cleanup;
 use crate::machine::SandboxOptions;
 use crate::supervise::supervise;
+use crate::vmm::chain;
 use coffer_proto::ids::SandboxId;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -194,7 +195,7 @@ pub(super) async fn serve(log: &'static LogFile, root: &Path, id: &SandboxId) ->
     let result = result.await;
     if let Err(error) = &result {
         // Nobody reads it any more when the sandbox was there already.
-        let _ = writeln!(io::stdout(), "error: {}", super::one_line(error));
+        let _ = writeln!(io::stdout(), "error: {}", chain(error));
     }
     result
 }
