@@ -236,14 +236,7 @@ fn the_guest_hears_of_freed_space_before_it_runs_out() {
             updates += 1;
         }
     }
-    world.send(
-        Header {
-            op: Some(Op::Shutdown),
-            flags: SHUTDOWN_BOTH,
-            ..packet(5, port)
-        },
-        b"",
-    );
+    world.shut_down(port, SHUTDOWN_BOTH);
     while !reader.is_finished() {
         world.muxer.poll().unwrap();
     }
@@ -259,14 +252,7 @@ fn each_direction_ends_on_its_own() {
     let mut world = World::new();
     let (mut client, port) = world.open();
     world.send_data(port, b"last");
-    world.send(
-        Header {
-            op: Some(Op::Shutdown),
-            flags: SHUTDOWN_SEND,
-            ..packet(5, port)
-        },
-        b"",
-    );
+    world.shut_down(port, SHUTDOWN_SEND);
     let mut text = String::new();
     client.read_to_string(&mut text).unwrap();
     assert_eq!(text, "last");
@@ -277,14 +263,7 @@ fn each_direction_ends_on_its_own() {
     let (header, _) = world.receive().unwrap();
     assert_eq!(header.op, Some(Op::Shutdown));
     assert!(header.flags & SHUTDOWN_SEND != 0);
-    world.send(
-        Header {
-            op: Some(Op::Shutdown),
-            flags: SHUTDOWN_BOTH,
-            ..packet(5, port)
-        },
-        b"",
-    );
+    world.shut_down(port, SHUTDOWN_BOTH);
     assert_eq!(world.receive().unwrap().0.op, Some(Op::Rst));
     assert!(world.receive().is_none());
 }
@@ -295,14 +274,7 @@ fn what_the_guest_sent_before_it_closed_reaches_a_slow_reader() {
     let (mut client, port) = world.open();
     let block = vec![3; BUFFER as usize];
     world.send_data(port, &block);
-    world.send(
-        Header {
-            op: Some(Op::Shutdown),
-            flags: SHUTDOWN_BOTH,
-            ..packet(5, port)
-        },
-        b"",
-    );
+    world.shut_down(port, SHUTDOWN_BOTH);
     let answers: Vec<_> = std::iter::from_fn(|| world.receive())
         .map(|(header, _)| header.op)
         .collect();

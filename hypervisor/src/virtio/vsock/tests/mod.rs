@@ -85,6 +85,16 @@ impl World {
         );
     }
 
+    /// The guest ends one direction of a connection, or both.
+    fn shut_down(&mut self, host_port: u32, flags: u32) {
+        let header = Header {
+            op: Some(Op::Shutdown),
+            flags,
+            ..packet(5, host_port)
+        };
+        self.send(header, b"");
+    }
+
     /// The next packet in a buffer as Linux posts it.
     fn receive(&mut self) -> Option<(Header, Vec<u8>)> {
         let mut room = vec![0; 4096 - HEADER_BYTES];
