@@ -284,10 +284,11 @@ fn a_restart_of_containerd_loses_no_task() {
     std::thread::sleep(Duration::from_secs(4));
     containerd.launch();
     assert_eq!(containerd.status("stays"), "RUNNING");
-    // containerd 1.6 lists the ended task; 1.7 removes, under any runtime, one that it finds without a process.
     wait_for("the exit to arrive", || {
-        ["STOPPED", "GONE"].contains(&containerd.status("ends").as_str())
+        containerd.status("ends") == "STOPPED"
     });
+    let deleted = finish(containerd.ctr(&["tasks", "rm", "ends"]));
+    assert!(deleted.stderr.contains("exit code 9"), "{deleted:?}");
     let exec = [
         "tasks",
         "exec",
@@ -298,9 +299,8 @@ fn a_restart_of_containerd_loses_no_task() {
         "still here",
     ];
     assert_eq!(containerd.ok(&exec), "still here");
-    for id in ["stays", "ends"] {
-        containerd.remove(id);
-    }
+    containerd.ok(&["containers", "rm", "ends"]);
+    containerd.remove("stays");
 }
 
 #[test]

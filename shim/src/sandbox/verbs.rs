@@ -258,11 +258,12 @@ impl Sandbox {
         Ok(self.machine().await?.agent.stat_container(&id).await?)
     }
 
-    /// The guest's processes of a container.
+    /// The guest's processes of a container; none of one that has ended.
     pub async fn processes(&self, id: ContainerId) -> Result<Vec<GuestProcess>, Error> {
-        let target = id.clone();
-        self.apply(move |pod| pod.container(&target).map(|_| ()))
-            .await?;
+        let init = self.describe(ProcessKey::init(id.clone())).await?;
+        if init.state == ProcessState::Stopped {
+            return Ok(Vec::new());
+        }
         Ok(self.machine().await?.agent.list_processes(&id).await?)
     }
 

@@ -286,11 +286,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::PidsRequest,
     ) -> ttrpc::Result<api::PidsResponse> {
-        let processes = self
-            .sandbox
-            .processes(container(request.id)?)
-            .await
-            .map_err(status)?;
+        let id = container(request.id)?;
+        let processes = self.sandbox.processes(id.clone()).await.map_err(status)?;
         let info = |process: coffer_proto::agent::Process| {
             let details = ProcessDetails {
                 exec_id: process.exec_id,
@@ -307,8 +304,17 @@ impl Task for TaskService {
                 ..Default::default()
             }
         };
+        let mut processes: Vec<_> = processes.into_iter().map(info).collect();
+        if processes.is_empty() {
+            // A task without processes is a shim that leaked for containerd 1.7, which then throws the exit status away.
+            let init = self.sandbox.describe(ProcessKey::init(id)).await;
+            processes.push(api::ProcessInfo {
+                pid: init.map_err(status)?.pid,
+                ..Default::default()
+            });
+        }
         Ok(api::PidsResponse {
-            processes: processes.into_iter().map(info).collect(),
+            processes,
             ..Default::default()
         })
     }

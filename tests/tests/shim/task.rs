@@ -105,6 +105,11 @@ fn every_method_of_the_task_service_keeps_the_contract() {
     task.kill("c", 9).unwrap();
     assert_eq!(task.wait("c", "").unwrap(), 137);
     assert_eq!(metrics(&task, "c").unwrap().memory_events.oom_kill, 0);
+    assert_eq!(
+        pids(&task).processes[0].pid,
+        connected.task_pid,
+        "containerd 1.7 gives up a task without processes"
+    );
     assert_eq!(task.delete("c", "").unwrap(), 137);
     assert_eq!(
         code_of(&task.state("c", "").unwrap_err()),
@@ -127,13 +132,17 @@ fn every_method_of_the_task_service_keeps_the_contract() {
     );
 }
 
-/// Processes of the container, the exec by its name.
-fn pids_are_real(task: &Task) {
+fn pids(task: &Task) -> api::PidsResponse {
     let request = api::PidsRequest {
         id: "c".into(),
         ..Default::default()
     };
-    let pids = task.client().pids(Task::context(), &request).unwrap();
+    task.client().pids(Task::context(), &request).unwrap()
+}
+
+/// Processes of the container, the exec by its name.
+fn pids_are_real(task: &Task) {
+    let pids = pids(task);
     assert!(pids.processes.len() >= 2, "{pids:?}");
     let named: Vec<_> = pids
         .processes
