@@ -1,8 +1,10 @@
 //! Finds what a test's sandboxes left behind.
 //!
 //! The test process is a child subreaper, so whatever a sandbox daemonised comes back to it as a descendant when its
-//! parent ends. Mounts, sockets and directories carry the test's state root in their path, cgroups its name.
+//! parent ends. Mounts, sockets and directories carry the test's state root in their path, cgroups its name. The test
+//! assets are all tests', so what is made in their roots, as a mount point would be, counts as a leak too.
 
+use crate::asset;
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,6 +18,7 @@ const GONE_WITHIN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Before {
     links: BTreeSet<String>,
+    assets: BTreeSet<PathBuf>,
     open_files: usize,
 }
 
@@ -25,6 +28,7 @@ impl Before {
         drop(tokio::runtime::Runtime::new().expect("a runtime"));
         Self {
             links: links(),
+            assets: assets(),
             open_files: open_files(),
         }
     }
@@ -86,6 +90,12 @@ fn find(before: &Before, name: &str, root: &Path) -> Result<Vec<String>> {
             .filter(|link| link.starts_with("cfr"))
             .map(|link| format!("link: {link}")),
     );
+    left.extend(assets().difference(&before.assets).map(|path| {
+        format!(
+            "in the assets, of which a test takes a copy: {}",
+            path.display()
+        )
+    }));
     if open_files() > before.open_files {
         left.push(format!(
             "open files of the test: {} more than before",
@@ -108,6 +118,13 @@ fn find_named(dir: &Path, name: &str, depth: usize, found: &mut Vec<PathBuf>) {
             find_named(&entry.path(), name, depth - 1, found);
         }
     }
+}
+
+/// What stands in the roots that the tests share.
+fn assets() -> BTreeSet<PathBuf> {
+    let roots = ["busybox", "debian"].map(asset);
+    let entries = roots.iter().flat_map(fs::read_dir).flatten().flatten();
+    entries.map(|entry| entry.path()).collect()
 }
 
 fn links() -> BTreeSet<String> {

@@ -6,13 +6,15 @@ use coffer_tests::{Background, Test, host};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A container of the pod that runs a script with these mounts, which the test reads by its standard output.
 struct Pod<'t> {
     test: &'t Test,
     sandbox: Background<'t>,
     task: Task,
+    /// Of all containers but the first: a copy, as mount points are made in it.
+    rootfs: PathBuf,
 }
 
 impl<'t> Pod<'t> {
@@ -23,12 +25,13 @@ impl<'t> Pod<'t> {
             test,
             sandbox,
             task,
+            rootfs: test.copy_of("busybox"),
         }
     }
 
     /// A container's bundle, which the caller may change.
     fn bundle(&self, script: &str, mounts: &[Value]) -> Bundle {
-        let mut bundle = Bundle::new(self.test, script);
+        let mut bundle = Bundle::on(self.test, &self.rootfs, &["/bin/sh", "-c", script]);
         bundle.config["annotations"] = json!({
             "io.kubernetes.cri.container-type": "container",
             "io.kubernetes.cri.sandbox-id": self.sandbox.id,
@@ -40,7 +43,7 @@ impl<'t> Pod<'t> {
     }
 
     /// Starts it; its output goes to a file.
-    fn start(&self, id: &str, bundle: &Bundle) -> std::path::PathBuf {
+    fn start(&self, id: &str, bundle: &Bundle) -> PathBuf {
         let out = self.test.dir().join(format!("{id}.out"));
         fs::write(&out, "").unwrap();
         self.task
@@ -215,8 +218,8 @@ fn a_user_namespace_has_id_mapped_volumes() {
     let volume = test.dir().join("volume");
     fs::create_dir_all(&volume).unwrap();
     fs::write(volume.join("roots"), "").unwrap();
-    let rootfs = test.copy_of("busybox");
-    host("chown", &["-R", "100000:100000", rootfs.to_str().unwrap()]).unwrap();
+    let rootfs = pod.rootfs.to_str().unwrap();
+    host("chown", &["-R", "100000:100000", rootfs]).unwrap();
     let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
     let mut mount = bind(&volume, "/v", &["rw"]);
     mount["uidMappings"] = mapping.clone();
@@ -224,7 +227,6 @@ fn a_user_namespace_has_id_mapped_volumes() {
     let script =
         "cat /proc/self/uid_map | tr -s ' '; stat -c %u /v/roots; touch /v/new; stat -c %u /v/new";
     let mut bundle = pod.bundle(script, &[mount]);
-    bundle.config["root"]["path"] = json!(rootfs);
     bundle.config["linux"]["uidMappings"] = mapping.clone();
     bundle.config["linux"]["gidMappings"] = mapping;
     bundle.push("/linux/namespaces", json!({"type": "user"}));
