@@ -86,8 +86,10 @@ impl Test {
     /// Begins a test. `name` is short and unique in the suite.
     pub fn new(name: &str) -> Self {
         leaks::adopt_orphans();
+        // Short, as the path of a socket has 107 bytes at most, and a podman container's id alone takes 64.
         let scratch = tempfile::Builder::new()
-            .prefix(&format!("coffer-{name}-"))
+            .prefix(&format!("cfr-{name}-"))
+            .rand_bytes(4)
             .tempdir()
             .expect("a scratch directory");
         fs::create_dir(scratch.path().join("root")).expect("scratch is ours");

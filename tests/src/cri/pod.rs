@@ -46,7 +46,7 @@ impl<'n> Pod<'n> {
         name: &str,
         change: Value,
     ) -> Result<Self> {
-        let logs = node.test.dir().join("logs").join(name);
+        let logs = node.test.dir().join("logs").join(handler).join(name);
         fs::create_dir_all(&logs).context("scratch is ours")?;
         let mut config = json!({
             "metadata": {"name": name, "namespace": "test", "uid": format!("uid-{name}"), "attempt": 0},

@@ -113,7 +113,13 @@ fn execs(podman: &Podman<'_>, report: &mut Report) {
 }
 
 fn watch(podman: &Podman<'_>, report: &mut Report) {
-    let top = podman.ok(&["top", "c", "pid", "comm"]);
+    let mut top = String::new();
+    // podman gives up when a process ends that it is just reading of.
+    wait_for("podman top", || {
+        let done = podman.call(&["top", "c", "pid", "comm"]);
+        done.text().clone_into(&mut top);
+        done.code == 0
+    });
     let init = top
         .lines()
         .nth(1)
