@@ -49,6 +49,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use coffer_bpf::Program;
 use coffer_proto::agent::StatContainerResponse;
 use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::ContainerId;
@@ -146,7 +147,7 @@ pub struct Container {
     id: ContainerId,
     cgroup: Cgroup,
     /// The device program, to be replaced by an update.
-    devices: Mutex<OwnedFd>,
+    devices: Mutex<Program>,
     init: Pid,
     pidfd: OwnedFd,
     /// `CLONE_NEW*` that a further process joins, besides PID.
@@ -199,7 +200,7 @@ fn create_in(
     spec: &Spec,
     stdio: ChildStdio,
     pod: &SharedNamespaces,
-) -> Result<(OwnedFd, Born), Failure> {
+) -> Result<(Program, Born), Failure> {
     let limits = spec
         .linux()
         .as_ref()
@@ -261,8 +262,8 @@ fn with_console_size(stdio: ChildStdio, process: Option<&Process>) -> ChildStdio
 fn install_device_rules(
     cgroup: &Cgroup,
     limits: Option<&LinuxResources>,
-    old: Option<&OwnedFd>,
-) -> Result<OwnedFd, Failure> {
+    old: Option<&Program>,
+) -> Result<Program, Failure> {
     let rules = limits.and_then(|limits| limits.devices().as_ref());
     let rules: Vec<_> = rules
         .into_iter()

@@ -8,43 +8,27 @@ use proptest::prelude::*;
 fn run(code: &[Instruction], kind: u32, access: u32, major: u32, minor: u32) -> u64 {
     let context = [(access << 16) | kind, major, minor];
     let mut r = [0u64; 11];
+    let wide = |value: i32| i64::from(value).cast_unsigned();
     let mut pc = 0;
     for _ in 0..code.len() {
-        let (operation, registers, offset, immediate) = code[pc];
-        let (to, from) = (usize::from(registers & 15), usize::from(registers >> 4));
-        let value = i64::from(immediate).cast_unsigned();
-        pc += 1;
-        let taken = match operation {
-            LOAD_WORD => {
-                r[to] = u64::from(context[usize::try_from(offset).unwrap() / 4]);
-                false
+        let mut over = 0;
+        match code[pc] {
+            LoadWord(to, _, offset) => {
+                r[to as usize] = context[usize::try_from(offset).unwrap() / 4].into();
             }
-            MOVE => {
-                r[to] = r[from];
-                false
-            }
-            MOVE_IMMEDIATE => {
-                r[to] = value;
-                false
-            }
-            AND_IMMEDIATE => {
-                r[to] &= value;
-                false
-            }
-            SHIFT_RIGHT_IMMEDIATE => {
-                r[to] >>= value;
-                false
-            }
-            JUMP_EQUAL => r[to] == value,
-            JUMP_NOT_EQUAL => r[to] != value,
-            JUMP_SET => r[to] & value != 0,
-            0x05 => true,
-            EXIT => return r[0],
-            other => panic!("no such instruction {other:#x}"),
-        };
-        if taken {
-            pc += usize::try_from(offset).unwrap();
+            Move(to, from) => r[to as usize] = r[from as usize],
+            Set(to, value) => r[to as usize] = wide(value),
+            And(to, value) => r[to as usize] &= wide(value),
+            ShiftRight(to, bits) => r[to as usize] >>= bits,
+            Jump(by) => over = by,
+            JumpIfEqual(register, value, by) if r[register as usize] == wide(value) => over = by,
+            JumpIfNotEqual(register, value, by) if r[register as usize] != wide(value) => over = by,
+            JumpIfSet(register, value, by) if r[register as usize] & wide(value) != 0 => over = by,
+            JumpIfEqual(..) | JumpIfNotEqual(..) | JumpIfSet(..) => {}
+            Exit => return r[R0 as usize],
+            other => panic!("no such instruction: {other:?}"),
         }
+        pc += 1 + usize::try_from(over).unwrap();
     }
     panic!("the program has no end")
 }
