@@ -30,9 +30,11 @@ mod namespaces;
 mod options;
 mod pidfd;
 mod process;
+mod program;
 mod resources;
 mod root;
 mod rootfs;
+mod scheduling;
 mod seccomp;
 mod stage;
 mod stat;
@@ -227,9 +229,9 @@ fn create_in(
     let seconds = hooks
         .into_iter()
         .flatten()
-        .map(|hook| hook.timeout().unwrap_or(0))
-        .sum::<i64>();
-    let deadline = SETUP_DEADLINE + Duration::from_secs(seconds.unsigned_abs());
+        .filter_map(|hook| u64::try_from(hook.timeout()?).ok())
+        .fold(0, u64::saturating_add);
+    let deadline = SETUP_DEADLINE.saturating_add(Duration::from_secs(seconds));
     let stdio = with_console_size(stdio, spec.process().as_ref());
     let born = run_stage(
         id,

@@ -24,7 +24,7 @@ use super::process::{Launcher, Streams, null_device};
 use super::root::Root;
 use super::rootfs::{self, Prepared};
 use super::wire::{self, ExecTask, FdName, Fds, GO, Report, Stdio, Task, Work};
-use super::{affinity, console, hooks};
+use super::{affinity, console, hooks, program};
 
 /// What the executable does when it is started under the stage's name.
 pub fn main() -> ! {
@@ -161,7 +161,7 @@ fn init(
         own.and_then(|h| h.create_container().as_ref()),
         &state,
     )?;
-    launcher.check_program(&root)?;
+    program::check(process, &root)?;
     let streams = wait_for_go(source, terminal, socket)?;
     let state = hooks::state(id, ContainerState::Created, spec.annotations().as_ref());
     hooks::run_all(

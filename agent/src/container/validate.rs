@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::mounts::Source;
-use super::{Error, SharedNamespaces, affinity, capabilities, options, process};
+use super::{Error, SharedNamespaces, affinity, capabilities, options, scheduling};
 
 mod limits;
 mod mounts;
@@ -195,7 +195,7 @@ pub fn process(process: &Process, prefix: &str) -> Result {
             }
         }
     }
-    process::check_scheduling(process).or_else(|(name, reason)| refuse(field(name), reason))
+    scheduling::check(process).or_else(|(name, reason)| refuse(field(name), reason))
 }
 
 fn program(process: &Process, prefix: &str) -> Result {
