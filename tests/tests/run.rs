@@ -143,3 +143,22 @@ fn boot_phases_are_shown() {
     );
     assert!(done.stderr.contains("ms"), "no times in: {}", done.stderr);
 }
+
+/// `cargo xtask bench` reads them.
+#[test]
+fn boot_phases_are_json_too() {
+    let test = Test::new("phasesjson");
+    let done = test.shell(&["--timings", "--json"], "true");
+    let line = done.stderr.lines().find(|line| line.starts_with('{'));
+    let timings: serde_json::Value = serde_json::from_str(line.unwrap()).unwrap();
+    let phases = timings["phases"].as_array().unwrap();
+    let last = |clock: &str| {
+        let mut of_clock = phases.iter().rev().filter(|phase| phase["clock"] == clock);
+        of_clock.next().unwrap()["at_us"].as_u64().unwrap()
+    };
+    assert!(last("hypervisor") > 0 && last("guest") > 0, "{timings}");
+    assert!(
+        timings["total_us"].as_u64() >= Some(last("host")),
+        "{timings}"
+    );
+}

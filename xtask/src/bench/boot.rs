@@ -81,11 +81,11 @@ fn agent_ready_ms(timings: &str) -> Result<f64> {
         .as_array()
         .context("no phases in the timings")?;
     let mut of_hypervisor = phases.iter().filter(|phase| phase["clock"] == "hypervisor");
-    let at = &of_hypervisor
+    let last = of_hypervisor
         .next_back()
-        .context("the hypervisor reported no phase")?["at"];
-    let (seconds, nanos) = (at["secs"].as_f64(), at["nanos"].as_f64());
-    Ok(seconds.context("seconds")? * 1e3 + nanos.context("nanoseconds")? / 1e6)
+        .context("the hypervisor reported no phase")?;
+    let microseconds = last["at_us"].as_f64();
+    Ok(microseconds.context("a phase without at_us")? / 1e3)
 }
 
 /// KVM's counters of the only VM, and the process that owns it.
@@ -139,9 +139,9 @@ mod tests {
 
     #[test]
     fn the_last_phase_of_the_hypervisor_counts() {
-        let line = "coffer: warning\n{\"phases\":[{\"name\":\"x\",\"at\":{\"secs\":0,\"nanos\":5000000},\"clock\":\"hypervisor\"},\
-                    {\"name\":\"y\",\"at\":{\"secs\":1,\"nanos\":500000000},\"clock\":\"hypervisor\"},\
-                    {\"name\":\"z\",\"at\":{\"secs\":9,\"nanos\":0},\"clock\":\"host\"}]}\n";
+        let line = "coffer: warning\n{\"phases\":[{\"name\":\"x\",\"at_us\":5000,\"clock\":\"hypervisor\"},\
+                    {\"name\":\"y\",\"at_us\":1500000,\"clock\":\"hypervisor\"},\
+                    {\"name\":\"z\",\"at_us\":9000000,\"clock\":\"host\"}]}\n";
         assert_eq!(agent_ready_ms(line).unwrap(), 1500.0);
     }
 }
