@@ -9,4 +9,4 @@ mod targets;
 
 pub use agent::agent;
 pub use control::control;
-pub use targets::{balloon, block, mmio, net, vsock};
+pub use targets::{balloon, block, mem, mmio, net, vsock};

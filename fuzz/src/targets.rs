@@ -4,6 +4,7 @@ use crate::guest::{Guest, MAX_OPERATIONS, RAM};
 use crate::input::Input;
 use coffer_hypervisor::virtio::balloon::Balloon;
 use coffer_hypervisor::virtio::block::Block;
+use coffer_hypervisor::virtio::mem::{BLOCK, Mem};
 use coffer_hypervisor::virtio::mmio::{Transport, Work};
 use coffer_hypervisor::virtio::net::Net;
 use coffer_hypervisor::virtio::vsock::{Muxer, Vsock};
@@ -49,6 +50,29 @@ pub fn block(input: &[u8]) {
 /// A balloon over the guest's whole RAM.
 pub fn balloon(input: &[u8]) {
     Guest::new(Balloon::new()).run(&mut Input(input), |_, _| {});
+}
+
+/// Memory of 16 blocks behind RAM, of which the host wants as many as the input says.
+pub fn mem(input: &[u8]) {
+    const BLOCKS: u64 = 16;
+    let (start, size) = (GuestAddress(BLOCK), BLOCKS * BLOCK);
+    let device = Mem::new(start, size);
+    let target = device.target();
+    let mut guest = Guest::new(device);
+    guest.memory = Memory::from_ranges(&[(GuestAddress(0), RAM), (start, size as usize)])
+        .expect("some mebibytes");
+    let mut most = 0;
+    guest.run(&mut Input(input), |_, what| {
+        let wanted = u64::from(what) % (BLOCKS + 1) * BLOCK;
+        most = most.max(wanted);
+        target.set(wanted, wanted);
+    });
+    let counters = guest.device.counters();
+    let plugged = counters.iter().find(|(name, _)| *name == "plugged_bytes");
+    assert!(
+        plugged.expect("a counter").1 <= most,
+        "the guest has more than the host wanted"
+    );
 }
 
 /// A network interface on a tap, whose other side sends frames when the input says so.

@@ -5,11 +5,11 @@
 //! ```
 //!
 //! `--nic NAME` gives a network slot with a new tap NAME from boot, `--late-nic NAME` one which gets it by `attach`;
-//! `--disk FILE` gives a disk.
+//! `--disk FILE` gives a disk, `--max-memory MIB` a machine that `resize MIB` makes larger and smaller.
 //!
 //! Prints what the hypervisor process says, what the guest sends home, and the console at the end. A line on stdin is a
 //! port of the guest and a text: the text goes there, and what comes back is printed. `stop`, `pause`, `resume`,
-//! `metrics`, `attach` and `detach` are requests. The end of stdin stops the machine.
+//! `metrics`, `attach` and `detach` are requests, and `resize MIB` is one. The end of stdin stops the machine.
 
 use anyhow::Context;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, SHARE_TAG};
@@ -87,6 +87,7 @@ fn main() -> anyhow::Result<()> {
         id: "example".parse()?,
         vcpus: option("--cpus").map_or(Ok(1), |text| text.parse())?,
         memory_mib: option("--memory").map_or(Ok(256), |text| text.parse())?,
+        max_memory_mib: option("--max-memory").map_or(Ok(0), |text| text.parse())?,
         kernel: give(open("--kernel")?),
         initrd: give(open("--initrd")?),
         cmdline: option("--append").unwrap_or_default(),
@@ -155,6 +156,11 @@ fn command(
         }
         line => {
             let (port, text) = line.split_once(' ').context("PORT TEXT, or a request")?;
+            if port == "resize" {
+                let mib = text.parse()?;
+                let request = Request::ResizeMemory { mib };
+                return Ok(vmm::send(control.as_fd(), &request, &[])?);
+            }
             if port == "sleep" {
                 std::thread::sleep(std::time::Duration::from_secs_f64(text.parse()?));
                 return Ok(());

@@ -22,9 +22,10 @@ use std::io;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 /// Kernel parameters of every VM. `reboot=k` makes the end of the guest an i8042 pulse and `panic=-1` turns a panic
-/// into that at once; the others keep the kernel from looking for hardware that a microVM does not have.
+/// into that at once; the others keep the kernel from looking for hardware that a microVM does not have, and from making
+/// a `dummy0` that nobody asked for.
 pub const BASE_COMMAND_LINE: &str = "reboot=k panic=-1 nomodule acpi=off pci=off 8250.nr_uarts=0 i8042.noaux i8042.nomux \
-     i8042.dumbkbd tsc=reliable no_timer_check random.trust_cpu=on quiet console=hvc0";
+     i8042.dumbkbd tsc=reliable no_timer_check random.trust_cpu=on dummy.numdummies=0 quiet console=hvc0";
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const START_MAGIC: u32 = 0x336e_c578;

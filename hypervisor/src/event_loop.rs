@@ -202,6 +202,10 @@ impl EventLoop {
                 Err(error) => failed(&crate::chain(&error)),
             },
             Request::DetachTap { slot } => self.set_tap(slot, None),
+            Request::ResizeMemory { mib } => match self.machine.resize_memory(mib) {
+                Ok(()) => Reply::Done,
+                Err(error) => failed(&crate::chain(&error)),
+            },
             Request::Pause if self.pausing.is_some() => failed("a pause is under way"),
             Request::Pause => {
                 self.pausing = Some(Pausing {
@@ -223,7 +227,15 @@ impl EventLoop {
             }
         };
         drop::<Files>(files);
-        self.reply(reply)
+        // A guest may have had what it was asked for before.
+        self.reply(reply).or_else(|| self.tell_memory())
+    }
+
+    /// Tells the shim when the guest has the memory that it was asked to have.
+    fn tell_memory(&self) -> Option<Exit> {
+        let mib = self.machine.memory_reached()?;
+        let told = self.control.event(Event::Memory { mib });
+        told.is_err().then_some(Exit::Stopped)
     }
 
     fn reply(&self, reply: Reply) -> Option<Exit> {
@@ -321,6 +333,7 @@ impl EventLoop {
         }
         let result = transport.device().queue_event(queue);
         self.outcome(slot, &shared, &mut transport, result)
+            .or_else(|| self.tell_memory())
     }
 
     fn source_event(&mut self, slot: usize, token: u16, set: EventSet) -> Option<Exit> {

@@ -11,7 +11,7 @@
 //! | capabilities, uid, gid, groups | nobody that owns anything on this host |
 //! | no_new_privs, landlock | no set-uid program, no file or port by any path, should one ever appear |
 //! | not dumpable | no core file with guest memory, no ptrace by the same uid |
-//! | limits | few open files, no core; later ([`enter_last_limits`]) no larger files than the disks, no further thread |
+//! | limits | few open files, no core; later ([`enter_last_limits`]) no larger files than disks and memory, no further thread |
 //!
 //! A PID namespace would only hold for children, of which there are none. Seccomp ([`crate::seccomp`]) comes on top, per
 //! thread.
@@ -30,7 +30,7 @@ use std::os::fd::RawFd;
 
 /// Open files at most: 1,023 vsock connections, and what devices and vCPUs need.
 const MAX_FILES: u64 = 4096;
-/// Files may grow to the largest disk, or this, which is for the log.
+/// Files may grow to the largest disk or memory file, or this, which is for the log.
 const MIN_FILE_SIZE: u64 = 1 << 30;
 /// The rules of Linux 6.12. An older kernel takes those it knows.
 const LANDLOCK: ABI = ABI::V6;
@@ -158,7 +158,7 @@ pub fn enter_first_limits() -> Result<(), JailError> {
 }
 
 /// The last limits, when all threads run and all memory exists: no process or thread may be started, and no file
-/// become larger than `largest_file`, the largest disk.
+/// become larger than `largest_file`.
 pub fn enter_last_limits(largest_file: u64) -> Result<(), JailError> {
     limit(
         Resource::RLIMIT_FSIZE,

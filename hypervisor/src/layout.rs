@@ -8,6 +8,7 @@
 //! 0x0010_0000  RAM: kernel at 16 MiB, initrd at the end
 //! 0xc000_0000  device gap: virtio-mmio registers at its start, IOAPIC, LAPIC and KVM's own pages near its end
 //! 0x1_0000_0000 RAM beyond 3 GiB
+//! after RAM      memory that is plugged while the VM runs, where there is any, from a multiple of 2 GiB
 //! ```
 
 use vm_memory::GuestAddress;
@@ -70,6 +71,41 @@ pub fn ram(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Linux adds memory in pieces of this size, aligned to it, while the RAM it boots with ends below [`LARGE_RAM`].
+const HOTPLUG_UNIT: u64 = 128 << 20;
+/// From here on, in pieces of up to [`LARGE_HOTPLUG_UNIT`] (`probe_memory_block_size` of Linux on x86).
+const LARGE_RAM: u64 = 64 << 30;
+const LARGE_HOTPLUG_UNIT: u64 = 2 << 30;
+
+/// Addresses for memory that is plugged while the VM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hotplug {
+    pub start: GuestAddress,
+    /// A multiple of `unit`.
+    pub size: u64,
+    /// Linux can use only whole pieces of this size.
+    pub unit: u64,
+}
+
+/// Where a VM with `ram` bytes gets the rest of `most`; None where there is no rest.
+pub fn hotplug(ram: u64, most: u64) -> Option<Hotplug> {
+    let rest = most.checked_sub(ram).filter(|rest| *rest > 0)?;
+    let end = self::ram(ram)
+        .last()
+        .map_or(0, |(start, size)| start.0 + size);
+    let unit = if end < LARGE_RAM {
+        HOTPLUG_UNIT
+    } else {
+        LARGE_HOTPLUG_UNIT
+    };
+    let start = end.max(GAP_END.0).next_multiple_of(LARGE_HOTPLUG_UNIT);
+    Some(Hotplug {
+        start: GuestAddress(start),
+        size: rest.next_multiple_of(unit),
+        unit,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +117,28 @@ mod tests {
         assert_eq!(
             ram(5 << 30),
             [(GuestAddress(0), 3 << 30), (GAP_END, 2 << 30)]
+        );
+    }
+
+    #[test]
+    fn plugged_memory_lies_behind_ram_in_whole_pieces() {
+        let place = |ram, most| {
+            hotplug(ram, most).map(|hotplug| (hotplug.start.0, hotplug.size, hotplug.unit))
+        };
+        let mib = |count: u64| count << 20;
+        assert_eq!(place(mib(256), mib(256)), None);
+        assert_eq!(place(mib(256), mib(128)), None);
+        assert_eq!(
+            place(mib(256), mib(300)),
+            Some((4 << 30, mib(128), mib(128)))
+        );
+        assert_eq!(
+            place(mib(3500), mib(4096)),
+            Some((6 << 30, mib(640), mib(128)))
+        );
+        assert_eq!(
+            place(64 << 30, 65 << 30),
+            Some((66 << 30, 2 << 30, 2 << 30))
         );
     }
 }

@@ -14,6 +14,7 @@ pub mod clock;
 pub mod control;
 pub mod cpuid;
 pub mod event_loop;
+pub mod growth;
 pub mod jail;
 pub mod layout;
 pub mod machine;

@@ -6,6 +6,7 @@
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, SerialLine, SerialPort, SharedRing};
 use crate::cpuid;
+use crate::growth::{self, Growth};
 use crate::layout::{
     FIRST_VIRTIO_GSI, KVM_TSS, LAST_GSI, SERIAL_GSI, START_INFO, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
 };
@@ -82,10 +83,12 @@ pub struct Machine {
     nics: usize,
     /// Number of the latest wish of [`Machine::want`].
     pub wish: u64,
-    /// Size of the largest disk the guest may write to.
-    pub largest_disk: u64,
-    /// Keeps the VM and its memory for as long as vCPUs may run.
-    _vm: VmFd,
+    /// Size that a file may get: of the largest disk the guest may write to, or of memory that is plugged later.
+    pub largest_file: u64,
+    /// Where the VM may grow.
+    growth: Option<Growth>,
+    vm: VmFd,
+    /// Keeps guest memory for as long as vCPUs may run.
     _memory: Memory,
 }
 
@@ -95,6 +98,12 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
     let ranges = [
         ("vCPUs", u64::from(config.vcpus), 1, u64::from(MAX_VCPUS)),
         ("MiB of memory", u64::from(config.memory_mib), 16, 1 << 20),
+        (
+            "MiB of memory at most",
+            u64::from(config.max_memory_mib),
+            0,
+            1 << 20,
+        ),
         (
             "network interfaces",
             config.nics.len() as u64,
@@ -140,8 +149,8 @@ impl Machine {
         files: &mut Files,
     ) -> Result<Self, MachineError> {
         // Guest RAM, known to KVM.
-        let memory = memory::create(u64::from(config.memory_mib) << 20)?;
-        memory::register(&memory, &vm)?;
+        let ram = memory::create(u64::from(config.memory_mib) << 20)?;
+        memory::register(&ram, &vm)?;
 
         // Interrupt controllers, inside KVM. No PIT: Linux has kvm-clock and the TSC deadline timer, and a PIT would
         // let a guest keep a host kernel thread busy outside its cgroup.
@@ -156,7 +165,16 @@ impl Machine {
         let ring =
             ConsoleRing::new(files.take(config.console)?.into()).map_err(device("console ring"))?;
         let ring = SharedRing(Arc::new(Mutex::new(ring)));
-        let (devices, largest_disk) = devices(config, files, &ring)?;
+        let (mut devices, mut largest_file) = devices(config, files, &ring)?;
+        let (growth, memory) = match Growth::reserve(&ram, u64::from(config.max_memory_mib) << 20)?
+        {
+            Some((growth, memory, mem)) => {
+                devices.push(("mem".into(), Box::new(mem)));
+                largest_file = largest_file.max(growth.size());
+                (Some(growth), memory)
+            }
+            None => (None, ram.clone()),
+        };
         let first_nic = devices
             .iter()
             .position(|(name, _)| name.starts_with("net"))
@@ -164,13 +182,18 @@ impl Machine {
         let slots = attach(&vm, &memory, devices, &wake)?;
 
         // Kernel, initrd, command line, MP table.
-        let devices: Vec<String> = (0..slots.len()).map(command_line_entry).collect();
-        let command_line = boot::command_line(&devices, &config.cmdline)?;
+        let mut parameters: Vec<String> = (0..slots.len()).map(command_line_entry).collect();
+        parameters.extend(
+            growth
+                .is_some()
+                .then(|| growth::KERNEL_PARAMETERS.to_owned()),
+        );
+        let command_line = boot::command_line(&parameters, &config.cmdline)?;
         let (kernel, initrd) = (
             files.take(config.kernel)?.into(),
             files.take(config.initrd)?.into(),
         );
-        let loaded = boot::load(&memory, kernel, initrd, &command_line, config.vcpus)?;
+        let loaded = boot::load(&ram, kernel, initrd, &command_line, config.vcpus)?;
 
         // What vCPUs reach outside RAM. The serial port only where the command line wants it.
         let notice_sender = Notices::new(queue, wake.clone());
@@ -217,8 +240,9 @@ impl Machine {
             first_nic,
             nics,
             wish: 0,
-            largest_disk,
-            _vm: vm,
+            largest_file,
+            growth,
+            vm,
             _memory: memory,
         })
     }
@@ -244,6 +268,21 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.want(wanted, self.wish);
         }
+    }
+
+    /// Asks the guest to have this much memory.
+    pub fn resize_memory(&mut self, mib: u32) -> Result<(), MemoryError> {
+        let bytes = u64::from(mib) << 20;
+        match &mut self.growth {
+            Some(growth) => growth.resize(&self.vm, bytes),
+            None => Err(MemoryError::Fixed),
+        }
+    }
+
+    /// The memory that the guest has now, in MiB, when it is at least what was asked for; told once.
+    pub fn memory_reached(&self) -> Option<u32> {
+        let bytes = self.growth.as_ref()?.reached()?;
+        u32::try_from(bytes >> 20).ok()
     }
 
     /// The device of network slot `nic`.

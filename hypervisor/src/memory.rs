@@ -12,12 +12,13 @@ use kvm_ioctls::VmFd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap, MemoryRegionAddress,
 };
 
 /// What stands behind a region of guest RAM.
@@ -50,16 +51,17 @@ pub enum MemoryError {
     Map(u64, #[source] FromRangesError),
     #[error("KVM refuses {1} bytes of RAM at {0:#x}")]
     Slot(u64, u64, #[source] kvm_ioctls::Error),
+    #[error("{1} bytes at {0:#x} can't be set aside for the VM to grow")]
+    Reserve(u64, u64, #[source] GuestRegionCollectionError),
+    #[error("the VM was made for the memory that it has")]
+    Fixed,
+    #[error("the VM can't have {asked} bytes of memory, only {least} to {most}")]
+    OutOfRange { asked: u64, least: u64, most: u64 },
 }
 
 /// Makes guest RAM of `size` bytes on one shared memory file. Pages appear when they are first touched.
 pub fn create(size: u64) -> Result<Memory, MemoryError> {
-    let failed = |error: io::Error| MemoryError::File(size, error);
-    let file = File::from(
-        memfd_create(c"coffer-ram", MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?,
-    );
-    file.set_len(size).map_err(failed)?;
-    let file = Arc::new(file);
+    let file = Arc::new(create_file(size)?);
     let mut offset = 0;
     let mut ranges = Vec::new();
     for (address, length) in layout::ram(size) {
@@ -73,23 +75,43 @@ pub fn create(size: u64) -> Result<Memory, MemoryError> {
     Memory::from_ranges_with_files(ranges).map_err(|error| MemoryError::Map(size, error))
 }
 
+/// An empty memory file of `size` bytes.
+pub(crate) fn create_file(size: u64) -> Result<File, MemoryError> {
+    let file = memfd_create(c"coffer-ram", MFdFlags::MFD_CLOEXEC)
+        .map_err(|error| MemoryError::File(size, error.into()))?;
+    let file = File::from(file);
+    file.set_len(size)
+        .map_err(|error| MemoryError::File(size, error))?;
+    Ok(file)
+}
+
 /// Gives all regions to KVM, one slot each.
-#[allow(unsafe_code)]
 pub fn register(memory: &Memory, vm: &VmFd) -> Result<(), MemoryError> {
     for (slot, region) in (0..).zip(memory.iter()) {
-        let (address, size) = (region.start_addr().0, region.len());
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: address,
-            memory_size: size,
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the machine keeps `memory`, and so the mapping, as long as its VM.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(|error| MemoryError::Slot(address, size, error))?;
+        add_slot(vm, slot, region, 0..region.len())?;
     }
     Ok(())
+}
+
+/// Gives this part of a region to KVM. Parts of one region must not overlap.
+#[allow(unsafe_code)]
+pub(crate) fn add_slot(
+    vm: &VmFd,
+    slot: u32,
+    region: &GuestRegionMmap,
+    part: Range<u64>,
+) -> Result<(), MemoryError> {
+    let (address, size) = (region.start_addr().0 + part.start, part.end - part.start);
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address,
+        memory_size: size,
+        userspace_addr: region.as_ptr() as u64 + part.start,
+    };
+    // SAFETY: the machine keeps the region, and so the mapping, as long as its VM.
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(|error| MemoryError::Slot(address, size, error))
 }
 
 /// Why a range of guest memory can't be given back.

@@ -29,6 +29,11 @@ fn balloon() {
 }
 
 #[test]
+fn mem() {
+    replay("mem", targets::mem);
+}
+
+#[test]
 fn mmio() {
     replay("mmio", targets::mmio);
 }

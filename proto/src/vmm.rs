@@ -11,6 +11,9 @@
 //!      ◄── Event::Phase ────────       boot timer register written
 //!      ── AttachTap{slot} + fd ─►
 //!      ◄── Reply::Done ─────────
+//!      ── ResizeMemory{mib} ───►
+//!      ◄── Reply::Done ─────────
+//!      ◄── Event::Memory ───────       the guest has plugged what was asked for
 //!      ◄── Event::Exited ───────       the guest is gone; the process ends next
 //! ```
 
@@ -45,6 +48,9 @@ pub enum Request {
     AttachTap { slot: u8, tap: FdIndex },
     /// Take the tap away; the guest sees the link go down.
     DetachTap { slot: u8 },
+    /// Ask the guest to have this much memory: at least what it booted with, at most [`VmConfig::max_memory_mib`]. Done means that it
+    /// was asked; `Event::Memory` tells when it has.
+    ResizeMemory { mib: u32 },
     /// Stop all vCPUs between two instructions.
     Pause,
     /// Let them go on.
@@ -73,6 +79,8 @@ pub enum Reply {
 pub enum Event {
     /// The boot timer's register was written with `phase`.
     Phase { phase: u32, since_start_us: u64 },
+    /// The guest has this much memory now, at least as much as the last [`Request::ResizeMemory`] asked for. Once for each.
+    Memory { mib: u32 },
     /// No vCPU runs any more, and none will.
     Exited(Exit),
 }
@@ -107,6 +115,8 @@ pub struct VmConfig {
     pub id: SandboxId,
     pub vcpus: u8,
     pub memory_mib: u32,
+    /// Memory up to which the VM can grow while it runs; it can't where this is not more than `memory_mib`.
+    pub max_memory_mib: u32,
     /// `vmlinux` with a PVH note.
     pub kernel: FdIndex,
     pub initrd: FdIndex,

@@ -97,6 +97,8 @@ pub struct Config {
     pub max_vcpus: u8,
     /// Memory of a VM for which nobody asked for a size, in MiB.
     pub memory_mib: u32,
+    /// Memory up to which a pod's VM can grow while it runs, in MiB; never more than the host has.
+    pub max_memory_mib: u32,
     /// Added to a container's memory limit for the guest's kernel and agent, in MiB.
     pub memory_overhead_mib: u32,
     /// Programs of Coffer; None means beside the running one, else `/usr/lib/coffer`.
@@ -125,6 +127,7 @@ impl Default for Config {
             vcpus: 1,
             max_vcpus: 8,
             memory_mib: 512,
+            max_memory_mib: MAX_MEMORY_MIB,
             memory_overhead_mib: 128,
             libexec: None,
             kernel: None,
@@ -187,6 +190,13 @@ impl Config {
             let expected = format!("between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
             return refuse("memory_mib", config.memory_mib.to_string(), expected);
         }
+        if config.max_memory_mib > MAX_MEMORY_MIB {
+            return refuse(
+                "max_memory_mib",
+                config.max_memory_mib.to_string(),
+                format!("at most {MAX_MEMORY_MIB}"),
+            );
+        }
         // `--` would end the kernel's parameters and hand the rest to init.
         if let Some(bad) = config
             .kernel_params
@@ -243,7 +253,9 @@ impl Config {
             vcpus: self.vcpus,
             max_vcpus: self.max_vcpus.min(host_cpus()),
             memory_mib: self.memory_mib,
-            overhead_mib: Some(self.memory_overhead_mib),
+            max_memory_mib: self.max_memory_mib.min(host_memory_mib()),
+            overhead_mib: self.memory_overhead_mib,
+            sized: false,
             kernel: self.kernel(),
             initrd: self.initrd(),
             kernel_params: self.kernel_params.clone(),
@@ -263,6 +275,12 @@ impl Config {
 fn host_cpus() -> u8 {
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     u8::try_from(count).unwrap_or(MAX_VCPUS)
+}
+
+/// A VM with more memory than the host would have its containers killed by the host, not by their limits.
+fn host_memory_mib() -> u32 {
+    let bytes = nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total());
+    u32::try_from(bytes >> 20).unwrap_or(MAX_MEMORY_MIB)
 }
 
 /// What the parser says, in one line: callers show only one.
@@ -313,6 +331,7 @@ mod tests {
             vcpus = 2
             max_vcpus = 3
             memory_mib = 256
+            max_memory_mib = 300
             memory_overhead_mib = 64
             libexec = "/l"
             kernel = "/k"
@@ -330,6 +349,7 @@ mod tests {
             vcpus: 2,
             max_vcpus: 3,
             memory_mib: 256,
+            max_memory_mib: 300,
             memory_overhead_mib: 64,
             libexec: Some("/l".into()),
             kernel: Some("/k".into()),

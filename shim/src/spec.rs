@@ -5,13 +5,13 @@
 //! which honours a field or refuses it by name.
 
 mod binds;
-mod cpu;
 mod devices;
 mod labels;
+mod need;
 
 pub use binds::Bind;
-pub use cpu::CpuNeed;
 pub use labels::strip_process;
+pub use need::{Limit, Need, cpus, memory_mib};
 
 use crate::cgroup::CgroupPath;
 use crate::mount_points::MountPoint;
@@ -107,8 +107,8 @@ pub struct GuestSpec {
     pub hostname: Option<String>,
     /// `linux.cgroupsPath`.
     pub cgroup: Option<CgroupPath>,
-    /// What it needs of the VM's CPUs.
-    pub cpu: CpuNeed,
+    /// What it needs of the VM.
+    pub need: Need,
     /// Hooks that run on the host, in the runtime's namespaces.
     pub host_hooks: HostHooks,
 }
@@ -206,7 +206,7 @@ impl Bundle {
             pid_namespace,
             hostname: spec.hostname().clone(),
             cgroup,
-            cpu: CpuNeed::of(&spec),
+            need: Need::of(&spec),
             host_hooks,
             json: serde_json::to_vec(&spec).expect("a spec that was parsed can be written"),
         })

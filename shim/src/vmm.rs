@@ -62,6 +62,8 @@ pub struct Vmm {
     calls: mpsc::Sender<Call>,
     gone: watch::Receiver<Option<String>>,
     phases: Arc<Mutex<Vec<BootPhase>>>,
+    /// MiB that the guest said to have.
+    memory: watch::Sender<u32>,
 }
 
 impl Vmm {
@@ -75,10 +77,12 @@ impl Vmm {
         let (calls, incoming) = mpsc::channel(MAX_WAITING);
         let (gone_tx, gone) = watch::channel(None);
         let phases = Arc::new(Mutex::new(Vec::new()));
+        let memory = watch::Sender::new(0);
         let connection = Connection {
             socket,
             waiting: VecDeque::new(),
             phases: phases.clone(),
+            memory: memory.clone(),
             exit: None,
         };
         let child = process.clone();
@@ -91,6 +95,7 @@ impl Vmm {
             calls,
             gone,
             phases,
+            memory,
         })
     }
 
@@ -120,6 +125,21 @@ impl Vmm {
     pub async fn detach_tap(&self, slot: u8) -> Result<(), VmmError> {
         let request = Request::DetachTap { slot };
         done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+    }
+
+    /// Asks the guest to have this much memory, which it does in its own time.
+    pub async fn resize_memory(&self, mib: u32) -> Result<(), VmmError> {
+        // What it said to an earlier request counts no more.
+        self.memory.send_replace(0);
+        let request = Request::ResizeMemory { mib };
+        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+    }
+
+    /// Waits until the guest has at least this much memory. False: not within `limit`.
+    pub async fn memory_reached(&self, mib: u32, limit: Duration) -> bool {
+        let mut memory = self.memory.subscribe();
+        let reached = memory.wait_for(|has| *has >= mib);
+        timeout(limit, reached).await.is_ok_and(|has| has.is_ok())
     }
 
     /// Counters of the VM.
@@ -209,6 +229,7 @@ struct Connection {
     socket: AsyncFd<OwnedFd>,
     waiting: VecDeque<oneshot::Sender<Result<Reply, VmmError>>>,
     phases: Arc<Mutex<Vec<BootPhase>>>,
+    memory: watch::Sender<u32>,
     exit: Option<Exit>,
 }
 
@@ -299,6 +320,9 @@ impl Connection {
                         at: Duration::from_micros(since_start_us),
                     });
                 }
+            }
+            FromVmm::Event(Event::Memory { mib }) => {
+                self.memory.send_replace(mib);
             }
             FromVmm::Event(Event::Exited(exit)) => self.exit = Some(exit),
         }

@@ -71,6 +71,7 @@ impl Vm {
             id: "devices".parse().unwrap(),
             vcpus: 1,
             memory_mib: 256,
+            max_memory_mib: 0,
             kernel: give(File::open(product("vmlinux")).unwrap().into()),
             initrd: give(File::open(&initrd).unwrap().into()),
             cmdline: if own {

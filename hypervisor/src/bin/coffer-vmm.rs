@@ -67,7 +67,7 @@ fn boot(config: &VmConfig, mut files: Files) -> anyhow::Result<(Machine, Process
     let machine = Machine::build(&kvm, vm, config, &mut files)?;
     metrics.phase("built", clock::since_start());
     machine.wait_until_ready()?;
-    jail::enter_last_limits(machine.largest_disk)?;
+    jail::enter_last_limits(machine.largest_file)?;
     seccomp::enter(ThreadClass::Main)?;
     Ok((machine, metrics))
 }

@@ -13,7 +13,7 @@ const SLOTS: usize = 8;
 /// Kernel parameters of every guest under QEMU. As in coffer-vmm, but the reset is a triple fault: microvm has no
 /// keyboard controller.
 const KERNEL_PARAMETERS: &str = "reboot=t panic=-1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd \
-    quiet console=hvc0 random.trust_cpu=on";
+    quiet console=hvc0 random.trust_cpu=on dummy.numdummies=0";
 
 /// Arguments, and the open files they name by number.
 #[derive(Debug, Default)]
@@ -247,6 +247,7 @@ mod tests {
             id: "a".parse().unwrap(),
             vcpus: 2,
             memory_mib: 256,
+            max_memory_mib: 0,
             kernel: FdIndex(0),
             initrd: FdIndex(1),
             cmdline: "one two".into(),

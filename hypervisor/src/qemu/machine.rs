@@ -230,6 +230,11 @@ impl Machine {
                 self.attach_tap(*slot, files.take(*tap)?.as_fd())?;
             }
             Request::DetachTap { slot } => self.detach_tap(*slot)?,
+            Request::ResizeMemory { .. } => {
+                return Ok(Reply::Failed {
+                    message: "QEMU's microvm keeps the memory that it booted with".into(),
+                });
+            }
             Request::Pause => drop(self.qmp.execute("stop", &json!({}))?),
             Request::Resume => drop(self.qmp.execute("cont", &json!({}))?),
             Request::Metrics => return Ok(Reply::Metrics(self.metrics())),

@@ -12,6 +12,7 @@ pub mod device;
 #[cfg(test)]
 mod driver;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;

@@ -278,6 +278,7 @@ fn config() -> VmConfig {
         id: "test".parse().unwrap(),
         vcpus: 1,
         memory_mib: 32,
+        max_memory_mib: 0,
         kernel: FdIndex(0),
         initrd: FdIndex(1),
         cmdline: String::new(),

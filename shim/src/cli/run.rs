@@ -152,7 +152,7 @@ fn existing_bundle(
 
 /// A limit of the container is added to what the guest needs for itself; without one the configuration decides.
 fn size(sandbox: &mut SandboxOptions, options: &RunOptions, prepared: &Prepared, config: &Config) {
-    sandbox.overhead_mib = None;
+    sandbox.sized = true;
     if let Some(limit) = prepared.memory_limit {
         sandbox.memory_mib = MemorySize(limit).vm_mib(config.memory_overhead_mib);
     }

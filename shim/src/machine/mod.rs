@@ -6,6 +6,7 @@
 pub mod child;
 mod death;
 mod evidence;
+mod memory;
 pub mod options;
 mod parts;
 mod phases;
@@ -24,7 +25,7 @@ use crate::io::Dialer;
 use crate::mirror::Mirrors;
 use crate::network::{self, Nic, PortForward};
 use crate::share::Share;
-use crate::spec::CpuNeed;
+use crate::spec::{self, Need};
 use crate::state::StateFile;
 use crate::vmm::{Vmm, VmmError, chain};
 use child::Child;
@@ -33,6 +34,7 @@ use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_TAG;
 use death::End;
 use evidence::{Evidence, console_tail};
+use memory::GuestMemory;
 use phases::Phases;
 use std::collections::HashMap;
 use std::fs::File;
@@ -80,6 +82,15 @@ pub struct BootError {
     evidence: String,
 }
 
+/// Why a VM did not get another size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    #[error(transparent)]
+    Cpus(#[from] AgentError),
+    #[error("the VM's memory can't be changed")]
+    Memory(#[from] VmmError),
+}
+
 /// A machine that runs.
 #[derive(Debug)]
 pub struct Machine {
@@ -98,6 +109,7 @@ pub struct Machine {
     /// The host's cgroup of its processes, where they have one.
     cgroup: Option<SandboxCgroup>,
     cpus: Cpus,
+    memory: GuestMemory,
     /// Set when we end the VM ourselves: then its end is no failure, whatever it looks like from outside.
     ending: OnceLock<End>,
 }
@@ -232,6 +244,11 @@ async fn assemble(
             all: options.all_vcpus(),
             online: Mutex::new(options.vcpus),
         },
+        memory: GuestMemory::new(
+            options.memory_mib,
+            options.overhead_mib,
+            options.all_memory_mib(),
+        ),
         ending: OnceLock::new(),
     })
 }
@@ -398,9 +415,20 @@ impl Machine {
         u32::try_from(self.vmm.process.id.pid).unwrap_or_default()
     }
 
+    /// Gives the VM the size that its containers need together.
+    pub async fn fit(&self, needs: &[Need]) -> Result<(), ResizeError> {
+        self.fit_cpus(needs).await?;
+        Ok(self.memory.fit(&self.vmm, needs).await?)
+    }
+
+    /// Gives the VM memory for these needs, before containers may use it.
+    pub async fn grow(&self, needs: &[Need]) -> Result<(), ResizeError> {
+        Ok(self.memory.grow(&self.vmm, needs).await?)
+    }
+
     /// Brings as many CPUs of the guest online as its containers need together.
-    pub async fn fit_cpus(&self, needs: Vec<CpuNeed>) -> Result<(), AgentError> {
-        let count = CpuNeed::cpus(needs, self.cpus.usual, self.cpus.all);
+    async fn fit_cpus(&self, needs: &[Need]) -> Result<(), AgentError> {
+        let count = spec::cpus(needs, self.cpus.usual, self.cpus.all);
         // Held during the call, so that calls come one after the other.
         let mut online = self.cpus.online.lock().await;
         if *online != count {

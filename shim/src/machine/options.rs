@@ -91,9 +91,15 @@ pub struct SandboxOptions {
     pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
-    /// MiB that a VM has above its pod's limit, where the pod decides on the size. None where the sizes above are decided.
+    /// MiB up to which the VM grows when containers need it; see [`Self::all_memory_mib`].
     #[serde(default)]
-    pub overhead_mib: Option<u32>,
+    pub max_memory_mib: u32,
+    /// MiB that a VM has above the limits of its containers.
+    #[serde(default)]
+    pub overhead_mib: u32,
+    /// Somebody has decided with how many CPUs and how much memory the VM boots; else the pod does.
+    #[serde(default)]
+    pub sized: bool,
     /// Uncompressed `vmlinux` with a PVH note.
     pub kernel: PathBuf,
     /// The initrd that holds the agent.
@@ -116,6 +122,14 @@ impl SandboxOptions {
     /// The CPUs the VM is made with.
     pub fn all_vcpus(&self) -> u8 {
         self.max_vcpus.max(self.vcpus)
+    }
+
+    /// The memory the VM can have, in MiB. QEMU's microvm keeps what it booted with: it has virtio-mem on PCI only.
+    pub fn all_memory_mib(&self) -> u32 {
+        match self.hypervisor {
+            Hypervisor::CofferVmm => self.max_memory_mib.max(self.memory_mib),
+            Hypervisor::QemuKvm | Hypervisor::QemuEmulation => self.memory_mib,
+        }
     }
 
     /// `<root>/<id>`, which holds everything the sandbox has on disk.

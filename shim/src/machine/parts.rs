@@ -282,6 +282,7 @@ pub fn vm_config(
         id: options.id.clone(),
         vcpus: options.all_vcpus(),
         memory_mib: options.memory_mib,
+        max_memory_mib: options.all_memory_mib(),
         kernel: sent.add(files.kernel),
         initrd: sent.add(files.initrd),
         cmdline: command_line(options),

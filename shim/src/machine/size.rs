@@ -80,12 +80,12 @@ impl PodSize {
 
     /// The options of a sandbox whose VM has this size, unless somebody has decided on another.
     pub fn apply(&self, mut options: SandboxOptions) -> SandboxOptions {
-        let Some(overhead) = options.overhead_mib else {
+        if options.sized {
             return options;
-        };
+        }
         if let Some(bytes) = positive(self.memory_limit_in_bytes) {
             let limit = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(MAX_MEMORY_MIB);
-            let all = limit.saturating_add(overhead);
+            let all = limit.saturating_add(options.overhead_mib);
             options.memory_mib = all.clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB);
         }
         let period = positive(self.cpu_period).unwrap_or(DEFAULT_PERIOD);
@@ -117,7 +117,8 @@ mod tests {
         let spec = json!({"ociVersion": "1.2.0", "annotations": annotations, "linux": {"resources": resources}});
         let spec: Spec = serde_json::from_value(spec).unwrap();
         let mut options = options(Path::new("/x"), "s");
-        options.overhead_mib = Some(100);
+        options.overhead_mib = 100;
+        options.sized = false;
         let sized = PodSize::of(&spec).apply(options);
         (sized.vcpus, sized.memory_mib)
     }
@@ -153,7 +154,8 @@ mod tests {
 
     #[test]
     fn sizes_that_are_decided_stay() {
-        let decided = options(Path::new("/x"), "s");
+        let mut decided = options(Path::new("/x"), "s");
+        decided.sized = true;
         let size = PodSize {
             cpu_quota: 900_000,
             memory_limit_in_bytes: 1 << 40,

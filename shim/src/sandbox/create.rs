@@ -108,8 +108,7 @@ impl Sandbox {
             .create_container(&new.id, guest.json, stdio, beside.as_ref())
             .await?;
         crash::point("create.in-guest");
-        self.need_cpus(&machine, &new.id, move |_| guest.cpu)
-            .await?;
+        self.need(&machine, &new.id, move |_| guest.need).await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
         let (created, stand) = (key.clone(), self.process_for(admission)?);
         let pid = stand

@@ -7,12 +7,13 @@ use crate::cgroup::CgroupPathError;
 use crate::cleanup::CleanupError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
-use crate::machine::{BootCause, BootError};
+use crate::machine::{BootCause, BootError, ResizeError};
 use crate::mirror::MirrorError;
 use crate::mount_points::MountPointError;
 use crate::share::ShareError;
 use crate::spec::SpecError;
 use crate::state::StateError;
+use crate::vmm::VmmError;
 use coffer_proto::exec_failure::Unexecutable;
 use coffer_proto::ids::InvalidId;
 use std::io;
@@ -70,6 +71,8 @@ pub enum Error {
     Network(BootCause),
     #[error(transparent)]
     Agent(#[from] AgentError),
+    #[error("the VM's memory can't be changed")]
+    Memory(#[source] VmmError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
@@ -90,6 +93,15 @@ pub enum Error {
     Record(#[from] StateError),
     #[error("the supervisor is ending")]
     Ending,
+}
+
+impl From<ResizeError> for Error {
+    fn from(error: ResizeError) -> Self {
+        match error {
+            ResizeError::Cpus(error) => Self::Agent(error),
+            ResizeError::Memory(error) => Self::Memory(error),
+        }
+    }
 }
 
 impl Error {

@@ -12,7 +12,7 @@ use super::process::{Exit, Process, ProcessKey, ProcessState, StdioPaths, VM_DIE
 use crate::io::ProcessIo;
 use crate::machine::Death;
 use crate::parked::Parked;
-use crate::spec::CpuNeed;
+use crate::spec::Need;
 use coffer_proto::ids::{ContainerId, ExecId};
 use prepared::Preparation;
 use std::collections::BTreeMap;
@@ -33,8 +33,8 @@ pub enum Admission {
 #[derive(Debug)]
 pub struct Container {
     pub bundle: PathBuf,
-    /// What it needs of the VM's CPUs.
-    pub cpu: CpuNeed,
+    /// What it needs of the VM.
+    pub need: Need,
     /// The host's process that stands for this container alone, where it has one.
     stand: Option<Parked>,
     pub init: Process,
@@ -172,7 +172,7 @@ impl Pod {
         }
         let container = Container {
             bundle,
-            cpu: CpuNeed::Nothing,
+            need: Need::NOTHING,
             stand: None,
             init: Process::new(stdio),
             execs: BTreeMap::new(),
@@ -381,12 +381,26 @@ impl Pod {
         })
     }
 
-    /// What each container needs of the VM's CPUs.
-    pub fn cpu_needs(&self) -> Vec<CpuNeed> {
+    /// What each container needs of the VM.
+    pub fn needs(&self) -> Vec<Need> {
         self.containers
             .values()
-            .map(|container| container.cpu)
+            .map(|container| container.need)
             .collect()
+    }
+
+    /// The same, if the need of this container changed.
+    pub fn needs_with(
+        &self,
+        id: &ContainerId,
+        change: impl FnOnce(Need) -> Need,
+    ) -> Result<Vec<Need>, Error> {
+        let changed = change(self.container(id)?.need);
+        let others = self.containers.iter().filter(|(other, _)| *other != id);
+        Ok(others
+            .map(|(_, container)| container.need)
+            .chain([changed])
+            .collect())
     }
 
     /// From now on this process's pid is the container's.

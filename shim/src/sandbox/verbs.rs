@@ -6,7 +6,7 @@ use super::{Error, Sandbox};
 use crate::agent::AgentError;
 use crate::crash;
 use crate::machine::Machine;
-use crate::spec::CpuNeed;
+use crate::spec::Need;
 use crate::vmm::chain;
 use coffer_proto::agent::{Process as GuestProcess, StatContainerResponse};
 use coffer_proto::ids::ContainerId;
@@ -150,9 +150,9 @@ impl Sandbox {
             .apply(move |pod| Ok((pod.deleted(&deleted)?, pod.is_unneeded())))
             .await?;
         if let (Some(machine), false) = (&machine, empty || is_exec) {
-            let needs = self.change(|pod| pod.cpu_needs()).await?;
-            if let Err(error) = machine.fit_cpus(needs).await {
-                tracing::warn!(error = chain(&error), "CPUs that nobody needs stay online");
+            let needs = self.change(|pod| pod.needs()).await?;
+            if let Err(error) = machine.fit(&needs).await {
+                tracing::warn!(error = chain(&error), "the VM stays larger than it need be");
             }
         }
         if !is_exec {
@@ -218,7 +218,8 @@ impl Sandbox {
         .await
     }
 
-    /// Applies OCI resources to a container: in the guest's cgroup, and to the CPUs that the VM has online.
+    /// Applies OCI resources to a container: in the guest's cgroup, and to the size of the VM. The VM grows before a limit
+    /// does, and shrinks after it.
     pub async fn update(&self, id: ContainerId, resources: Vec<u8>) -> Result<(), Error> {
         let target = id.clone();
         self.apply(move |pod| pod.container(&target).map(|_| ()))
@@ -229,25 +230,34 @@ impl Sandbox {
                 source,
             })?;
         let machine = self.machine().await?;
-        machine.agent.update_container(&id, resources).await?;
-        self.need_cpus(&machine, &id, move |need| need.updated(&parsed))
+        let (target, limits) = (id.clone(), parsed.clone());
+        let needs = self.apply(move |pod| pod.needs_with(&target, |need| need.updated(&limits)));
+        machine.grow(&needs.await?).await?;
+        if let Err(error) = machine.agent.update_container(&id, resources).await {
+            let needs = self.change(|pod| pod.needs()).await?;
+            if let Err(error) = machine.fit(&needs).await {
+                tracing::warn!(error = chain(&error), "the VM stays larger than it need be");
+            }
+            return Err(error.into());
+        }
+        self.need(&machine, &id, move |need| need.updated(&parsed))
             .await
     }
 
-    /// Changes what a container needs of the VM's CPUs, and brings as many online as all need together.
-    pub(super) async fn need_cpus(
+    /// Changes what a container needs of the VM, and gives the VM the size that all need together.
+    pub(super) async fn need(
         &self,
         machine: &Machine,
         id: &ContainerId,
-        change: impl FnOnce(CpuNeed) -> CpuNeed + Send + 'static,
+        change: impl FnOnce(Need) -> Need + Send + 'static,
     ) -> Result<(), Error> {
         let id = id.clone();
         let needs = self.apply(move |pod| {
             let container = pod.container_mut(&id)?;
-            container.cpu = change(container.cpu);
-            Ok(pod.cpu_needs())
+            container.need = change(container.need);
+            Ok(pod.needs())
         });
-        Ok(machine.fit_cpus(needs.await?).await?)
+        Ok(machine.fit(&needs.await?).await?)
     }
 
     /// The container's figures, from the guest's cgroup.

@@ -83,6 +83,32 @@ async fn the_reason_of_the_end_reaches_everyone() {
 }
 
 #[tokio::test]
+async fn the_guest_is_waited_for_to_have_what_it_was_asked_to_have_last() {
+    let (vmm, far, _reaped) = start();
+    let (asked, (request, far)) = tokio::join!(
+        vmm.resize_memory(512),
+        answer(far, FromVmm::Reply(Reply::Done))
+    );
+    asked.unwrap();
+    assert_eq!(request, Request::ResizeMemory { mib: 512 });
+    let moment = Duration::from_millis(20);
+    assert!(!vmm.memory_reached(512, moment).await);
+    send(
+        far.as_fd(),
+        &FromVmm::Event(Event::Memory { mib: 512 }),
+        &[],
+    )
+    .unwrap();
+    assert!(vmm.memory_reached(512, Duration::from_secs(5)).await);
+    let (asked, _far) = tokio::join!(
+        vmm.resize_memory(256),
+        answer(far, FromVmm::Reply(Reply::Done))
+    );
+    asked.unwrap();
+    assert!(!vmm.memory_reached(256, moment).await);
+}
+
+#[tokio::test]
 async fn a_killed_process_is_named_with_its_signal() {
     let (vmm, far, _reaped) = start();
     drop(far);
