@@ -114,16 +114,14 @@ impl SandboxCgroup {
         self.dirs().filter_map(count).sum::<u64>()
     }
 
-    /// Kills what is left in the cgroup and removes it. A cgroup that is gone is no error. Blocks for some milliseconds.
+    /// Kills what is left in the cgroup and removes it with all in it. A cgroup that is gone is no error. Blocks for some milliseconds.
     pub fn remove(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + REMOVE_DEADLINE;
         for hierarchy in &self.hierarchies {
             let path = hierarchy.directory(&self.path);
             loop {
-                kill_all(&path);
-                match fs::remove_dir(&path) {
+                match remove_tree(&path) {
                     Ok(()) => break,
-                    Err(e) if e.kind() == io::ErrorKind::NotFound => break,
                     Err(e)
                         if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
                     {
@@ -138,6 +136,20 @@ impl SandboxCgroup {
             }
         }
         Ok(())
+    }
+}
+
+/// Tries to remove a cgroup that may be gone, and those in it.
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    kill_all(dir);
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -175,8 +187,9 @@ mod tests {
         let path = format!("/coffer-test-{}", std::process::id());
         let path = CgroupPath::parse(&path).unwrap();
         let cgroup = SandboxCgroup::create(&path).unwrap();
+        let inner = SandboxCgroup::create(&path.child("inner")).unwrap();
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
-        cgroup.add(child.id().try_into().unwrap()).unwrap();
+        inner.add(child.id().try_into().unwrap()).unwrap();
         let reaper = std::thread::spawn(move || child.wait().unwrap());
         cgroup.remove().unwrap();
         assert!(!reaper.join().unwrap().success());

@@ -61,7 +61,7 @@ pub struct Registration {
 /// What later commands need to know of a container, as it was when it was created.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OciRecord {
-    /// The host cgroup that was made for the stand-in.
+    /// The container's host cgroup, which was made for its stand-ins.
     pub cgroup: Option<CgroupPath>,
     pub annotations: HashMap<String, String>,
     pub poststart: Vec<Hook>,

@@ -32,10 +32,15 @@ pub(super) struct Hierarchy {
     limits: &'static [&'static str],
 }
 
+/// Whether the host has one hierarchy for all controllers.
+pub(super) fn is_v2() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
 /// The hierarchies of this host: the one of v2, or those of v1 that a sandbox joins.
 pub(super) fn mounted() -> Vec<Hierarchy> {
     let root = Path::new(ROOT);
-    if root.join("cgroup.controllers").exists() {
+    if is_v2() {
         return vec![Hierarchy {
             root: root.to_owned(),
             controller: None,

@@ -8,6 +8,7 @@
 //!   ends in `.slice` is the unit itself (runc, docs/systemd.md). The slice `a-b.slice` is in `a.slice`, and `-.slice` is the root
 //!   (systemd.slice(5)).
 
+use super::hierarchy;
 use coffer_proto::ids::SandboxId;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 const OWN_PARENT: &str = "coffer";
 /// Where systemd has the units that name no slice.
 const DEFAULT_SLICE: &str = "system.slice";
+/// The leaf for a container's own processes, as crun calls its like.
+const STAND_INS: &str = "container";
 /// What containerd's CRI plugin calls the scopes of its containers.
 const CRI_PREFIX: &str = "cri-containerd";
 
@@ -73,6 +76,16 @@ impl CgroupPath {
     /// The cgroup `name` in this one.
     pub fn child(&self, name: &str) -> Self {
         Self(format!("{self}/{name}"))
+    }
+
+    /// Where the stand-ins of the container with this cgroup are: in it or, with cgroup v2, in a leaf of it. There a cgroup that
+    /// passes controllers on, as this one does to that of the VM, can't have processes of its own ("no internal processes").
+    pub fn of_stand_ins(&self) -> Self {
+        if hierarchy::is_v2() {
+            self.child(STAND_INS)
+        } else {
+            self.clone()
+        }
     }
 
     /// The cgroup `name` beside this one.

@@ -251,11 +251,17 @@ impl Creation<'_> {
     /// Nothing half-created stays. What goes wrong here must not hide the reason.
     async fn undo(&self, started: Option<Supervisor>) {
         if let Some(cgroup) = &self.guest.cgroup {
+            let _ = SandboxCgroup::at(&cgroup.of_stand_ins()).remove();
+        }
+        if let (Some(supervisor), Ok(id)) = (started, self.sandbox_id()) {
+            self.end(supervisor, id).await;
+        }
+        if let Some(cgroup) = &self.guest.cgroup {
             let _ = SandboxCgroup::at(cgroup).remove();
         }
-        let (Some(supervisor), Ok(id)) = (started, self.sandbox_id()) else {
-            return;
-        };
+    }
+
+    async fn end(&self, supervisor: Supervisor, id: SandboxId) {
         if let Ok(task) = Task::connect(&self.config.root, &id).await {
             let _ = task.shutdown(&id).await;
         }

@@ -18,7 +18,7 @@ use super::stdio::{Copying, Fifos};
 use super::terminal::RawMode;
 use super::view::{self, View, ViewError};
 use super::{Error, FAILED, REFUSED, oom};
-use crate::cgroup::SandboxCgroup;
+use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::config::Config;
 use crate::lease::{Lease, Registration};
 use crate::state::{State, Status};
@@ -87,10 +87,10 @@ fn take_place(control: &mut Control) -> Result<Order, Error> {
     let order: Order = control.hear().map_err(failed("can't read the order"))?;
     nix::unistd::setsid()
         .map_err(|error| failed("can't leave the caller's session")(error.into()))?;
-    if let Some(path) = &order.cgroup {
+    if let Some(path) = order.cgroup.as_ref().map(CgroupPath::of_stand_ins) {
         let cgroup = match order.exec {
-            None => SandboxCgroup::create(path)?,
-            Some(_) => SandboxCgroup::at(path),
+            None => SandboxCgroup::create(&path)?,
+            Some(_) => SandboxCgroup::at(&path),
         };
         cgroup.add(std::process::id().cast_signed())?;
     }
@@ -249,7 +249,8 @@ impl Standing {
             let _ = self.session.task.delete(&self.session.process).await;
         } else if ran_out_of_memory(&self.session.task, &self.order.container, state.as_ref()).await
         {
-            oom::report(&self.order.bundle, self.order.cgroup.as_ref());
+            let cgroup = self.order.cgroup.as_ref().map(CgroupPath::of_stand_ins);
+            oom::report(&self.order.bundle, cgroup.as_ref());
         }
         status
     }
