@@ -18,6 +18,9 @@ fn containers_have_podmans_networks() {
             "--detach",
             "--name",
             "web",
+            // For ping, which podman 5 does not allow by itself.
+            "--cap-add",
+            "NET_RAW",
             "--publish",
             &published,
             "--add-host",
