@@ -8,6 +8,7 @@
 //!                     mirror.rs  copies of small volumes, in which changes raise inotify events
 //!                     streams.rs one vsock connection per stdio stream
 //!                     forward.rs one per TCP connection that the host makes to the guest's loopback
+//!                     resolver.rs one for the DNS queries that a resolver of the host answers
 //! ```
 //!
 //! [`boot`] and [`console`] are for the start; [`guest`], [`cpus`] and [`network`] are the guest as a machine. [`sandbox`] keeps its
@@ -31,6 +32,7 @@ mod network;
 mod pause;
 mod process;
 mod reaper;
+mod resolver;
 mod rpc;
 mod sandbox;
 mod stdio;

@@ -1,5 +1,6 @@
 //! Standard streams: each is one vsock connection of the host, and its bytes are raw. The handshake is in
-//! [`coffer_proto::stream`]. Connections to the guest's loopback come in the same way and are for [`crate::forward`].
+//! [`coffer_proto::stream`]. Connections to the guest's loopback come in the same way and are for [`crate::forward`], and one
+//! that answers DNS queries for [`crate::resolver`].
 //!
 //! ```text
 //! host ── vsock ──► stdin   connection ─► pipe    the host's shutdown closes the pipe
@@ -12,6 +13,7 @@
 
 use crate::forward;
 use crate::process::ProcessId;
+use crate::resolver;
 use crate::rpc::one_line;
 use crate::sandbox::Sandbox;
 use coffer_proto::limits::STREAM_PORT;
@@ -97,6 +99,7 @@ where
     let (process, stream) = match asked.unwrap_or(Err(HelloError::Late)) {
         Ok(Asked::Stdio(process, stream)) => (process, stream),
         Ok(Asked::Forward(to)) => return forward::serve(connection, to).await,
+        Ok(Asked::Resolve(at)) => return resolver::serve(connection, at).await,
         Err(error) => return refuse(connection, one_line(&error)).await,
     };
     match sandbox.attach(&process, stream) {
@@ -116,6 +119,7 @@ async fn refuse<C: AsyncWrite + Unpin>(mut connection: C, reason: String) {
 enum Asked {
     Stdio(ProcessId, Stream),
     Forward(SocketAddr),
+    Resolve(SocketAddr),
 }
 
 async fn read_hello<C: AsyncRead + Unpin>(connection: &mut C) -> Result<Asked, HelloError> {
@@ -138,7 +142,10 @@ async fn read_hello<C: AsyncRead + Unpin>(connection: &mut C) -> Result<Asked, H
             Ok(Asked::Stdio(process, stream))
         }
         Hello::Forward { to } if to.ip().is_loopback() => Ok(Asked::Forward(to)),
-        Hello::Forward { to } => Err(HelloError::Address(to)),
+        Hello::Resolve { at } if at.ip().is_loopback() => Ok(Asked::Resolve(at)),
+        Hello::Forward { to: address } | Hello::Resolve { at: address } => {
+            Err(HelloError::Address(address))
+        }
     }
 }
 
@@ -267,11 +274,15 @@ mod tests {
         ));
         let name = br#"{"stdio":{"container_id":"../c","exec_id":"","stream":"stdin"}}"#;
         assert!(matches!(case(with_length(name)).await, HelloError::Name(_)));
-        let address = br#"{"forward":{"to":"10.0.0.1:80"}}"#;
-        assert!(matches!(
-            case(with_length(address)).await,
-            HelloError::Address(_)
-        ));
+        for address in [
+            &br#"{"forward":{"to":"10.0.0.1:80"}}"#[..],
+            br#"{"resolve":{"at":"0.0.0.0:53"}}"#,
+        ] {
+            assert!(matches!(
+                case(with_length(address)).await,
+                HelloError::Address(_)
+            ));
+        }
     }
 
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! One stdio stream, or one TCP connection to the guest's loopback, is one vsock connection, and its bytes are raw.
+//! One stdio stream, or one TCP connection to the guest's loopback, is one vsock connection, and its bytes are raw. So is what carries
+//! the containers' DNS queries, which are framed.
 //!
 //! ```text
 //! shim  ── connect, STREAM_PORT ──►  agent
@@ -37,6 +38,9 @@ pub enum Hello {
     },
     /// A TCP connection to an address of the guest's loopback, 127.0.0.0/8 or ::1.
     Forward { to: SocketAddr },
+    /// DNS queries that containers send to this address of the guest's loopback by UDP, and their answers. Each message has its
+    /// length before it, as in DNS over TCP (RFC 1035, 4.2.2).
+    Resolve { at: SocketAddr },
 }
 
 /// Which of a process's standard streams.
@@ -76,7 +80,10 @@ mod tests {
         let forward = Hello::Forward {
             to: "[::1]:80".parse().unwrap(),
         };
-        for hello in [stdio, forward] {
+        let resolve = Hello::Resolve {
+            at: "127.0.0.11:53".parse().unwrap(),
+        };
+        for hello in [stdio, forward, resolve] {
             let wire = hello.encode();
             assert_eq!(
                 usize::from(u16::from_le_bytes([wire[0], wire[1]])),

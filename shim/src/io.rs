@@ -108,6 +108,12 @@ impl Dialer {
         timeout(self.deadline, self.shake_hands(&Hello::Forward { to })).await?
     }
 
+    /// A connection on which the DNS queries come that containers send to `at`, an address of the guest's loopback. None: somebody
+    /// in the guest has that address.
+    pub async fn resolve(&self, at: SocketAddr) -> io::Result<Option<UnixStream>> {
+        timeout(self.deadline, self.shake_hands(&Hello::Resolve { at })).await?
+    }
+
     /// None: the agent knows no such stream.
     async fn shake_hands(&self, hello: &Hello) -> io::Result<Option<UnixStream>> {
         let mut connection = UnixStream::connect(socket_in(&self.dir, VSOCK_SOCKET)).await?;

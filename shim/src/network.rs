@@ -15,10 +15,14 @@
 mod forward;
 mod guest;
 mod lookup;
+mod namespace;
+mod resolver;
 mod tap;
 mod watch;
 
 pub use forward::{PortForward, probe as probe_port_forward};
+pub use namespace::NamespaceId;
+pub use resolver::DockersNames;
 pub use watch::watch;
 
 use coffer_proto::agent;
@@ -38,6 +42,10 @@ const TAP_PREFIX: &str = "cfr";
 /// Why the network could not be carried.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
+    #[error("can't find the network namespace {path}")]
+    Find { path: PathBuf, source: io::Error },
+    #[error("the network namespace {path} is the host's, which can't be had in a VM")]
+    Host { path: PathBuf },
     #[error("can't enter the network namespace {path}")]
     Enter { path: PathBuf, source: io::Error },
     #[error("can't open a netlink socket")]

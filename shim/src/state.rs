@@ -8,6 +8,7 @@ use crate::cgroup::CgroupPath;
 use crate::lease::OciRecord;
 use crate::machine::child::ProcessId;
 use crate::machine::options::SandboxOptions;
+use crate::network::NamespaceId;
 use crate::sandbox::process::VM_DIED;
 use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,9 @@ pub struct State {
     pub cgroup: Option<CgroupPath>,
     /// The network namespace whose interfaces are redirected into the VM.
     pub netns: Option<PathBuf>,
+    /// The same where it has no name: one network namespace has one VM.
+    #[serde(default)]
+    pub network: Option<NamespaceId>,
     pub phases: Vec<Phase>,
     /// `uname -r` of the guest.
     pub guest_kernel: Option<String>,
@@ -138,6 +142,7 @@ impl State {
             uid: None,
             cgroup: None,
             netns: None,
+            network: None,
             phases: Vec::new(),
             guest_kernel: None,
             containers: BTreeMap::new(),
@@ -182,6 +187,38 @@ impl State {
         }
         serde_json::from_slice(&text).map(Some).map_err(parse)
     }
+}
+
+/// All sandboxes below a root, by name.
+pub fn sandboxes(root: &Path) -> Result<Vec<SandboxId>, StateError> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => {
+            let path = root.to_owned();
+            return Err(StateError::Read { path, source });
+        }
+    };
+    let names = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    let mut ids: Vec<_> = names.filter_map(|name| SandboxId::new(name).ok()).collect();
+    ids.sort();
+    Ok(ids)
+}
+
+/// The running sandbox whose VM has the network of this namespace. A container that is to join the namespace (`--network
+/// container:NAME`) belongs into that VM, as it would into a pod's.
+pub fn sandbox_in(root: &Path, network: NamespaceId) -> Result<Option<SandboxId>, StateError> {
+    let is_in = |id: &SandboxId| {
+        // One that can't be read has its own error when it is asked for by name.
+        State::load(root, id).ok().flatten().is_some_and(|state| {
+            state.network == Some(network)
+                && !matches!(state.status, Status::Stopped { .. })
+                && state.supervisor.is_alive()
+        })
+    };
+    Ok(sandboxes(root)?.into_iter().find(is_in))
 }
 
 /// The state in memory and on disk.
@@ -260,6 +297,44 @@ pub(crate) mod tests {
         })
         .unwrap();
         assert_eq!(State::load(root.path(), &id).unwrap(), Some(file.get()));
+    }
+
+    #[test]
+    fn only_names_of_sandboxes_are_listed() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["b", "a", ".staged", "no name"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        let ids: Vec<_> = sandboxes(root.path())
+            .unwrap()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(ids, ["a", "b"]);
+        assert!(sandboxes(&root.path().join("missing")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_running_sandbox_is_found_by_its_network_namespace() {
+        let root = tempfile::tempdir().unwrap();
+        let network = NamespaceId::of(Path::new("/proc/self/ns/net")).unwrap();
+        let other = NamespaceId::of(Path::new("/proc/self/ns/uts")).unwrap();
+        let make = |name: &str, network| {
+            let options = options(root.path(), name);
+            fs::create_dir(options.dir()).unwrap();
+            let mut state = State::new(options, ProcessId::current().unwrap());
+            state.network = network;
+            StateFile::create(state).unwrap()
+        };
+        let (_none, _other) = (make("a", None), make("b", Some(other)));
+        assert_eq!(sandbox_in(root.path(), network).unwrap(), None);
+        let wanted = make("c", Some(network));
+        let found = sandbox_in(root.path(), network).unwrap();
+        assert_eq!(found.unwrap().as_str(), "c");
+        let reason = "test".into();
+        let ended = wanted.update(|state| state.status = Status::Stopped { reason });
+        ended.unwrap();
+        assert_eq!(sandbox_in(root.path(), network).unwrap(), None);
     }
 
     #[test]

@@ -19,6 +19,8 @@ const OWN_PARENT: &str = "coffer";
 const DEFAULT_SLICE: &str = "system.slice";
 /// The leaf for a container's own processes, as crun calls its like.
 const STAND_INS: &str = "container";
+/// The VM of a container of its own, in the container's cgroup. No pod's VM is called so: theirs begin with `coffer-`.
+const VM: &str = "coffer.vm";
 /// What containerd's CRI plugin calls the scopes of its containers.
 const CRI_PREFIX: &str = "cri-containerd";
 
@@ -86,6 +88,17 @@ impl CgroupPath {
         } else {
             self.clone()
         }
+    }
+
+    /// That of a VM for this container alone: in the container's, which so has the figures of all it causes.
+    pub fn of_vm(&self) -> Self {
+        self.child(VM)
+    }
+
+    /// The container's that one of a VM is in. It stays until the VM ends, which may be after that container.
+    pub fn around_vm(&self) -> Option<Self> {
+        let container = self.0.strip_suffix(VM)?.strip_suffix('/')?;
+        (!container.is_empty()).then(|| Self(container.to_owned()))
     }
 
     /// The cgroup `name` beside this one.
@@ -181,6 +194,14 @@ mod tests {
 
     fn parsed(given: &str) -> Option<String> {
         CgroupPath::parse(given).ok().map(String::from)
+    }
+
+    #[test]
+    fn the_vm_of_a_container_is_in_the_containers() {
+        let container = CgroupPath::parse("/a/c").unwrap();
+        assert_eq!(String::from(container.of_vm()), "/a/c/coffer.vm");
+        assert_eq!(container.of_vm().around_vm(), Some(container.clone()));
+        assert_eq!(container.sibling("coffer-vm").around_vm(), None);
     }
 
     #[test]

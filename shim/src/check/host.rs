@@ -124,13 +124,39 @@ pub(super) fn find_in_path(program: &str) -> Option<PathBuf> {
         .find(|path| is_program(path))
 }
 
+/// Who wants a VM is not root of the host.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "Coffer needs root of the host, for a VM's network, mounts and user id, and {0}; rootless engines are not supported"
+)]
+pub struct NotRoot(String);
+
+/// Refuses a caller who could not make a VM, before anything is made.
+pub fn need_root() -> Result<(), NotRoot> {
+    root().map(drop).map_err(NotRoot)
+}
+
 fn root() -> Result<String, String> {
     let uid = Uid::effective();
-    if uid.is_root() {
-        Ok("effective user id 0".into())
-    } else {
-        Err(format!("effective user id {uid}"))
+    if !uid.is_root() {
+        return Err(format!("this is user {uid}"));
     }
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    match root_outside(&map) {
+        Some(uid) if uid != 0 => Err(format!(
+            "this is root in a user namespace only, and user {uid} outside of it"
+        )),
+        _ => Ok("effective user id 0".into()),
+    }
+}
+
+/// The id outside that is 0 in the user namespace of this `uid_map` (user_namespaces(7)). None where the kernel has none.
+fn root_outside(uid_map: &str) -> Option<u32> {
+    uid_map.lines().find_map(|line| {
+        let mut numbers = line.split_whitespace();
+        let (inside, outside) = (numbers.next()?, numbers.next()?);
+        (inside == "0").then(|| outside.parse().ok())?
+    })
 }
 
 /// Makes them in a thread that then ends, and with it they do.
@@ -282,6 +308,14 @@ fn qemu_version(text: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn root_of_a_user_namespace_is_somebody_else_outside() {
+        assert_eq!(root_outside("         0          0 4294967295\n"), Some(0));
+        assert_eq!(root_outside("0 1000 1\n1 100000 65536\n"), Some(1000));
+        assert_eq!(root_outside("1 100000 65536\n"), None);
+        assert_eq!(root_outside(""), None);
+    }
 
     #[test]
     fn versions_of_qemu_are_read() {

@@ -8,6 +8,7 @@ mod host;
 mod kvm;
 
 pub use guest_image::{Version, guest_image, guest_image_version};
+pub use host::{NotRoot, need_root};
 pub use kvm::Kvm;
 
 use crate::config::{Config, HypervisorChoice};

@@ -1,7 +1,7 @@
 //! `coffer create`: a container of a bundle, and a process of the host that stands for it.
 //!
 //! ```text
-//! conmon ── coffer create ──► finds the pod's supervisor or starts one
+//! conmon ── coffer create ──► finds the supervisor of the pod, or of the network to join, or starts one
 //!              │ starts a stand-in and tells it its order ──►  session, cgroup, network namespace; takes its lease
 //!              │ ◄── ready ──
 //!              │ runs the hooks of the host
@@ -22,8 +22,10 @@ use crate::config::Config;
 use crate::hooks;
 use crate::lease::OciRecord;
 use crate::machine::SandboxOptions;
+use crate::network::NamespaceId;
 use crate::sandbox::create::SANDBOX_ANNOTATIONS;
 use crate::spec::{Bind, Bundle, GuestSpec};
+use crate::state::{State, sandbox_in};
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -61,6 +63,7 @@ pub(super) struct New<'a> {
 impl New<'_> {
     /// Creates it; gives its stand-in.
     pub(super) async fn create(self, config: &Config) -> Result<StandInProcess, Error> {
+        check::need_root()?;
         let id = self.id;
         let directory = self.bundle.canonicalize().and_then(unicode::path);
         let directory = directory.map_err(|source| Error::Io {
@@ -77,12 +80,13 @@ impl New<'_> {
         }
         let creation = Creation {
             config,
+            sandbox: sandbox_of(&config.root, &bundle, &guest, &id)?,
             id,
             directory,
             bundle,
             guest,
         };
-        let started = creation.sandbox().await?;
+        let started = creation.supervisor().await?;
         match creation.container(self.options).await {
             Ok(process) => {
                 if let Some(supervisor) = started {
@@ -125,35 +129,24 @@ struct Creation<'a> {
     directory: PathBuf,
     bundle: Bundle,
     guest: GuestSpec,
+    sandbox: SandboxId,
 }
 
 impl Creation<'_> {
-    fn pod(&self) -> Option<&str> {
-        let annotations = self.bundle.spec().annotations().as_ref()?;
-        let mut names = SANDBOX_ANNOTATIONS.iter();
-        names.find_map(|name| annotations.get(*name).map(String::as_str))
-    }
-
-    /// The pod that the annotations name, or a sandbox of the container's own.
-    fn sandbox_id(&self) -> Result<SandboxId, Error> {
-        let name = self.pod().unwrap_or(self.id.as_str());
-        SandboxId::new(name).map_err(|error| Error::Usage(error.to_string()))
-    }
-
     /// Makes sure that the sandbox's supervisor serves; gives it if it was started here.
-    async fn sandbox(&self) -> Result<Option<Supervisor>, Error> {
-        let id = self.sandbox_id()?;
-        if Task::connect(&self.config.root, &id).await.is_ok() {
+    async fn supervisor(&self) -> Result<Option<Supervisor>, Error> {
+        let id = &self.sandbox;
+        if Task::connect(&self.config.root, id).await.is_ok() {
             return Ok(None);
         }
-        if self.config.root.join(&id).exists() {
-            return self.wait_for_supervisor(&id).await.map(|()| None);
+        if self.config.root.join(id).exists() {
+            return self.wait_for_supervisor(id).await.map(|()| None);
         }
         let options = self.sandbox_options(id.clone())?;
         match Supervisor::start(&options, self.config.log_level.as_str()).await {
             Ok(supervisor) => Ok(Some(supervisor)),
             // Another container of the pod was faster.
-            Err(_) if Task::connect(&self.config.root, &id).await.is_ok() => Ok(None),
+            Err(_) if Task::connect(&self.config.root, id).await.is_ok() => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -161,7 +154,7 @@ impl Creation<'_> {
     async fn wait_for_supervisor(&self, id: &SandboxId) -> Result<(), Error> {
         let until = Instant::now() + OTHERS_START;
         while Task::connect(&self.config.root, id).await.is_err() {
-            let found = crate::state::State::load(&self.config.root, id)?;
+            let found = State::load(&self.config.root, id)?;
             let starting = found.is_none_or(|state| state.supervisor.is_alive());
             if !starting || Instant::now() > until {
                 return Err(Error::Dead {
@@ -186,17 +179,17 @@ impl Creation<'_> {
     /// its first container's, below the limits of the pod, and does not end with that container.
     fn cgroup_of_vm(&self, id: &SandboxId) -> Option<CgroupPath> {
         let container = self.guest.cgroup.as_ref()?;
-        Some(if self.pod().is_some() {
+        Some(if pod_of(self.bundle.spec()).is_some() {
             container.sibling(&format!("coffer-{id}"))
         } else {
-            container.child("coffer-vm")
+            container.of_vm()
         })
     }
 
     async fn container(&self, options: &DetachedOptions) -> Result<StandInProcess, Error> {
         let spec = self.bundle.spec();
         let order = Order {
-            sandbox: self.sandbox_id()?,
+            sandbox: self.sandbox.clone(),
             container: self.id.clone(),
             exec: None,
             bundle: self.directory.clone(),
@@ -253,22 +246,57 @@ impl Creation<'_> {
         if let Some(cgroup) = &self.guest.cgroup {
             let _ = SandboxCgroup::at(&cgroup.of_stand_ins()).remove();
         }
-        if let (Some(supervisor), Ok(id)) = (started, self.sandbox_id()) {
-            self.end(supervisor, id).await;
+        if let Some(supervisor) = started {
+            self.end(supervisor).await;
         }
         if let Some(cgroup) = &self.guest.cgroup {
             let _ = SandboxCgroup::at(cgroup).remove();
         }
     }
 
-    async fn end(&self, supervisor: Supervisor, id: SandboxId) {
-        if let Ok(task) = Task::connect(&self.config.root, &id).await {
-            let _ = task.shutdown(&id).await;
+    async fn end(&self, supervisor: Supervisor) {
+        let id = &self.sandbox;
+        if let Ok(task) = Task::connect(&self.config.root, id).await {
+            let _ = task.shutdown(id).await;
         }
         if let Err(error) = supervisor.ended().await {
             eprintln!("coffer: warning: {}", chain(&error));
         }
-        let _ = supervisor::remove(self.config.root.clone(), id).await;
+        let _ = supervisor::remove(self.config.root.clone(), id.clone()).await;
+    }
+}
+
+/// The pod that the annotations name.
+fn pod_of(spec: &Spec) -> Option<&str> {
+    let annotations = spec.annotations().as_ref()?;
+    let mut names = SANDBOX_ANNOTATIONS.iter();
+    names.find_map(|name| annotations.get(*name).map(String::as_str))
+}
+
+/// Where a container belongs: into its pod, into the VM of the container whose network it joins, or into one of its own.
+fn sandbox_of(
+    root: &Path,
+    bundle: &Bundle,
+    guest: &GuestSpec,
+    id: &ContainerId,
+) -> Result<SandboxId, Error> {
+    if let Some(pod) = pod_of(bundle.spec()) {
+        return SandboxId::new(pod).map_err(|error| Error::Usage(error.to_string()));
+    }
+    if let Some(path) = &guest.network_namespace
+        && let Some(joined) = sandbox_in(root, NamespaceId::of_pod(path)?)?
+    {
+        return Ok(joined);
+    }
+    let own = SandboxId::new(id.as_str()).expect("both kinds of id have the same form");
+    let left = State::load(root, &own)?.filter(|state| state.supervisor.is_alive());
+    match left.and_then(|mut left| left.containers.pop_first()) {
+        // It ended before those that had joined its network, and gets another one now.
+        Some((other, _)) => Err(Error::NetworkHeld {
+            id: id.clone(),
+            other,
+        }),
+        None => Ok(own),
     }
 }
 

@@ -4,7 +4,7 @@ use super::client::{Process, Task, TaskError};
 use super::find::{Found, live};
 use super::inspect::hook_state;
 use super::{Error, KILL_TAKES, staging_directory, supervisor};
-use crate::cgroup::SandboxCgroup;
+use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::cleanup;
 use crate::config::Config;
 use crate::hooks;
@@ -49,7 +49,7 @@ pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Resu
     } else {
         true
     };
-    after(&found).await?;
+    after(&found, ended).await?;
     if ended {
         forget(&found).await?;
     }
@@ -57,13 +57,17 @@ pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Resu
 }
 
 /// What the host has of a container beside its sandbox: the stand-in, its cgroup, hooks that wait for this moment.
-async fn after(found: &Found) -> Result<(), Error> {
+async fn after(found: &Found, ended: bool) -> Result<(), Error> {
     let Some(stand_in) = found.stand_in() else {
         return Ok(());
     };
     wait_for_stand_in(&stand_in.process).await;
     let record = &stand_in.record;
-    if let Some(path) = &record.cgroup {
+    let around_vm = found.state.cgroup.as_ref().and_then(CgroupPath::around_vm);
+    // Killing what is in that of the VM's first container would end the VM under the others.
+    let own = record.cgroup.as_ref();
+    let own = own.filter(|own| ended || around_vm.as_ref() != Some(own));
+    for path in own.into_iter().chain(around_vm.as_ref().filter(|_| ended)) {
         SandboxCgroup::at(path).remove()?;
     }
     let bundle = found.state.containers.get(&found.wanted);

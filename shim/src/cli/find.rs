@@ -3,32 +3,10 @@
 use super::Error;
 use super::client::{Process, ProcessState, Task, TaskError};
 use crate::config::Config;
-use crate::state::{ContainerRecord, StandIn, State, Status};
+use crate::state::{ContainerRecord, StandIn, State, Status, sandboxes};
 use crate::vmm::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
-
-/// All sandboxes below a root, by name.
-pub(super) fn sandboxes(root: &Path) -> Result<Vec<SandboxId>, Error> {
-    let entries = match fs::read_dir(root) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => {
-            return Err(Error::Io {
-                what: format!("can't read {root:?}"),
-                source,
-            });
-        }
-    };
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
-    let mut ids: Vec<_> = names.filter_map(|name| SandboxId::new(name).ok()).collect();
-    ids.sort();
-    Ok(ids)
-}
 
 /// The sandbox that holds a container of this id. One of the same name is looked at first; a container of a pod is
 /// found by looking at all, of which one machine has some hundred at most.
@@ -187,6 +165,7 @@ pub(super) async fn live(config: &Config, id: &SandboxId) -> Result<(Task, Proce
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_container_is_found_in_its_own_sandbox_and_in_that_of_its_pod() {
@@ -208,20 +187,5 @@ mod tests {
         let found = holder(root.path(), &id("app")).unwrap().unwrap();
         assert_eq!((found.id.as_str(), &found.wanted), ("pod", &id("app")));
         assert!(holder(root.path(), &id("other")).unwrap().is_none());
-    }
-
-    #[test]
-    fn only_names_of_sandboxes_are_listed() {
-        let root = tempfile::tempdir().unwrap();
-        for name in ["b", "a", ".staged", "no name"] {
-            fs::create_dir(root.path().join(name)).unwrap();
-        }
-        let ids: Vec<_> = sandboxes(root.path())
-            .unwrap()
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-        assert_eq!(ids, ["a", "b"]);
-        assert!(sandboxes(&root.path().join("missing")).unwrap().is_empty());
     }
 }

@@ -2,14 +2,14 @@
 
 use super::Error;
 use super::client::{ProcessState, Task};
-use super::find::{Found, sandboxes};
+use super::find::Found;
 use super::options::{LogsOptions, StatsOptions};
 use super::run::OUTPUT_FILE;
 use super::supervisor::LOG_FILE;
 use super::time::rfc3339;
 use crate::config::Config;
 use crate::machine::open_console;
-use crate::state::{ContainerRecord, State, Status};
+use crate::state::{ContainerRecord, State, Status, sandboxes};
 use coffer_proto::ids::{ContainerId, SandboxId};
 use serde_json::{Value, json};
 use std::collections::HashMap;

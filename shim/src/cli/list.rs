@@ -1,12 +1,12 @@
 //! `coffer list` and `coffer ps ID`: containers and their processes of the host, as an OCI runtime shows them.
 
 use super::Error;
-use super::find::{Found, sandboxes};
+use super::find::Found;
 use super::inspect::{OCI_VERSION, live_state, rootfs};
 use super::options::{ListFormat, ListOptions};
 use super::time::rfc3339;
 use crate::config::Config;
-use crate::state::State;
+use crate::state::{State, sandboxes};
 use coffer_proto::ids::SandboxId;
 use serde_json::{Value, json};
 

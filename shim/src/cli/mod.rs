@@ -38,11 +38,12 @@ mod values;
 mod view;
 
 use crate::cgroup::CgroupError;
-use crate::check::{self, NoHypervisor, Report};
+use crate::check::{self, NoHypervisor, NotRoot, Report};
 use crate::cleanup::CleanupError;
 use crate::config::{Config, ConfigError, LogLevel};
 use crate::hooks::HookError;
 use crate::lease::LeaseError;
+use crate::network::NetworkError;
 use crate::spec::SpecError;
 use crate::state::StateError;
 use crate::supervise::SuperviseError;
@@ -85,6 +86,8 @@ enum Error {
     #[error(transparent)]
     User(#[from] user::UserError),
     #[error(transparent)]
+    NotRoot(#[from] NotRoot),
+    #[error(transparent)]
     NoHypervisor(#[from] NoHypervisor),
     #[error("the guest image can't be used: {0}")]
     GuestImage(String),
@@ -97,6 +100,10 @@ enum Error {
     NoContainer { id: SandboxId, names: String },
     #[error("container with given ID already exists: {id}")]
     ContainerExists { id: ContainerId },
+    #[error(
+        "the VM of container {id} still runs for {other}, which joined its network; stop {other} first"
+    )]
+    NetworkHeld { id: ContainerId, other: ContainerId },
     #[error("cannot delete container {id} that is not stopped: {status}")]
     Running {
         id: ContainerId,
@@ -119,6 +126,8 @@ enum Error {
     Hook(#[from] HookError),
     #[error(transparent)]
     View(#[from] view::ViewError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Lease(#[from] LeaseError),
     #[error(transparent)]

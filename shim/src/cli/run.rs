@@ -32,6 +32,7 @@ pub(super) async fn run(config: &Config, options: &RunOptions) -> Result<u8, Err
         return oci_run::run(config, id, bundle, options).await;
     }
     let began = Instant::now();
+    check::need_root()?;
     let mut caller = Caller::listen(&FORWARDED)?;
     let id = options.name.clone().map_or_else(random_id, Ok)?;
     let choice = check::choose_hypervisor(

@@ -16,13 +16,15 @@ use crate::check::{NoHypervisor, choose_hypervisor};
 use crate::cleanup::{self, CleanupError};
 use crate::config::{Config, ConfigError};
 use crate::machine::{SandboxOptions, task_socket};
+use crate::network::{NamespaceId, NetworkError};
 use crate::sandbox::create::SANDBOX_ANNOTATIONS;
 use crate::sandbox::process::VM_DIED;
-use crate::state::{ExitRecord, State};
+use crate::state::{self, ExitRecord, State, StateError};
 use crate::supervise::{SuperviseError, supervise};
 use coffer_proto::ids::{ContainerId, InvalidId, SandboxId};
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use containerd_shim_protos::{Client, TaskClient};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 use protobuf::Message;
 use protobuf::well_known_types::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -64,6 +66,10 @@ pub enum StartError {
         path: PathBuf,
         source: serde_json::Error,
     },
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error("can't start the supervisor")]
     Spawn(#[source] io::Error),
     #[error("the supervisor did not start: {0}")]
@@ -94,7 +100,7 @@ pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, 
     let mut config = options::config(input.options.as_ref())?;
     config.root = namespace_root(&config.root, &args.namespace)?;
     config.debug |= args.debug || input.debug;
-    let id = sandbox_of(bundle, &args.id)?;
+    let id = sandbox_of(&config.root, bundle, &args.id)?;
     let socket = task_socket(&config.root, &id);
     if id.as_str() != args.id && UnixStream::connect(&socket).is_ok() {
         // A container of a pod that runs: its supervisor takes it.
@@ -121,13 +127,24 @@ fn namespace_root(root: &Path, namespace: &str) -> Result<PathBuf, StartError> {
     Ok(root.join(SandboxId::new(namespace)?))
 }
 
-/// The sandbox that a container belongs to, by its annotations; its own otherwise.
-fn sandbox_of(bundle: &Path, id: &str) -> Result<SandboxId, StartError> {
-    #[derive(Deserialize)]
-    struct Annotated {
-        #[serde(default)]
-        annotations: HashMap<String, String>,
-    }
+/// The part of a spec that says where a container belongs.
+#[derive(Deserialize)]
+struct Belongings {
+    #[serde(default)]
+    annotations: HashMap<String, String>,
+    #[serde(default)]
+    linux: Linux,
+}
+
+#[derive(Default, Deserialize)]
+struct Linux {
+    #[serde(default)]
+    namespaces: Vec<LinuxNamespace>,
+}
+
+/// The sandbox that a container belongs to: its pod by its annotations; that of the container whose network it joins (docker's
+/// `--network container:NAME`); its own otherwise.
+fn sandbox_of(root: &Path, bundle: &Path, id: &str) -> Result<SandboxId, StartError> {
     let path = bundle.join("config.json");
     let text = match fs::read(&path) {
         Ok(text) => text,
@@ -135,12 +152,20 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<SandboxId, StartError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(SandboxId::new(id)?),
         Err(source) => return Err(StartError::Read { path, source }),
     };
-    let spec: Annotated =
+    let spec: Belongings =
         serde_json::from_slice(&text).map_err(|source| StartError::Spec { path, source })?;
-    let named = SANDBOX_ANNOTATIONS
-        .iter()
-        .find_map(|name| spec.annotations.get(*name));
-    Ok(SandboxId::new(named.map_or(id, String::as_str))?)
+    let mut names = SANDBOX_ANNOTATIONS.iter();
+    if let Some(named) = names.find_map(|name| spec.annotations.get(*name)) {
+        return Ok(SandboxId::new(named)?);
+    }
+    let mut namespaces = spec.linux.namespaces.iter();
+    let network = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    let path = network.and_then(|network| network.path().as_deref());
+    let joined = match path.filter(|path| !path.as_os_str().is_empty()) {
+        Some(path) => state::sandbox_in(root, NamespaceId::of_pod(path)?)?,
+        None => None,
+    };
+    Ok(joined.map_or_else(|| SandboxId::new(id), Ok)?)
 }
 
 /// A supervisor of this name that was killed, and that nobody deleted, is no reason to fail.
@@ -274,7 +299,8 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, StartError> {
         Some(known) => known,
         None => {
             let root = namespace_root(&Config::load(None)?.root, &args.namespace)?;
-            let id = sandbox_of(bundle, &args.id).or_else(|_| SandboxId::new(args.id.clone()))?;
+            let id = sandbox_of(&root, bundle, &args.id);
+            let id = id.or_else(|_| SandboxId::new(args.id.clone()))?;
             (root, id)
         }
     };
@@ -321,7 +347,7 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         let of = |json: &str| {
             fs::write(bundle.path().join("config.json"), json).unwrap();
-            sandbox_of(bundle.path(), "own").map(String::from)
+            sandbox_of(bundle.path(), bundle.path(), "own").map(String::from)
         };
         assert_eq!(of("{}").unwrap(), "own");
         assert_eq!(
@@ -333,13 +359,15 @@ mod tests {
             "pod"
         );
         assert!(of(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"../x"}}"#).is_err());
+        let hosts = r#"{"linux":{"namespaces":[{"type":"network","path":"/proc/self/ns/net"}]}}"#;
+        assert!(of(hosts).unwrap_err().to_string().contains("is the host's"));
     }
 
     #[test]
     fn a_sandbox_of_the_sandbox_api_has_no_spec() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(
-            String::from(sandbox_of(bundle.path(), "own").unwrap()),
+            String::from(sandbox_of(bundle.path(), bundle.path(), "own").unwrap()),
             "own"
         );
     }

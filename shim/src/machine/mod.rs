@@ -23,7 +23,7 @@ use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::cleanup;
 use crate::io::Dialer;
 use crate::mirror::Mirrors;
-use crate::network::{self, Nic, PortForward};
+use crate::network::{self, DockersNames, NamespaceId, Nic, PortForward};
 use crate::share::Share;
 use crate::spec::{self, Need};
 use crate::state::StateFile;
@@ -106,6 +106,8 @@ pub struct Machine {
     wiring: Option<Wiring>,
     /// Where the pod has a network and this kernel can do it.
     _port_forward: Option<PortForward>,
+    /// The containers can ask docker's resolver.
+    names_served: Mutex<bool>,
     /// The host's cgroup of its processes, where they have one.
     cgroup: Option<SandboxCgroup>,
     cpus: Cpus,
@@ -238,6 +240,7 @@ async fn assemble(
         slowness,
         wiring,
         _port_forward: port_forward,
+        names_served: Mutex::new(false),
         cgroup,
         cpus: Cpus {
             usual: options.vcpus,
@@ -263,10 +266,12 @@ async fn begin_wiring(
     let Some(netns) = netns else {
         return Ok((None, Vec::new()));
     };
-    // One without a name of its own goes with its last holder, and leaves nothing to undo.
-    if !netns.starts_with("/proc/self") {
-        state.update(|state| state.netns = Some(netns.to_owned()))?;
-    }
+    let network = NamespaceId::of_pod(netns)?;
+    state.update(|state| {
+        state.network = Some(network);
+        // One without a name of its own goes with its last holder, and leaves nothing to undo.
+        state.netns = (!netns.starts_with("/proc/self")).then(|| netns.to_owned());
+    })?;
     let (wiring, nics) = Wiring::begin(netns, uid, options.hypervisor.nic_slots()).await?;
     Ok((Some(wiring), nics))
 }
@@ -443,6 +448,22 @@ impl Machine {
         match &self.wiring {
             Some(wiring) => wiring.follow(&self.vmm, &self.agent).await,
             None => Ok(()),
+        }
+    }
+
+    /// Lets containers ask docker's resolver in the pod's namespace; once for all of them.
+    pub async fn serve_names(&self, names: DockersNames) {
+        let Some(wiring) = &self.wiring else { return };
+        let mut served = self.names_served.lock().await;
+        if *served {
+            return;
+        }
+        match names.serve(wiring.netns(), &self.dialer).await {
+            Ok(()) => *served = true,
+            Err(error) => tracing::warn!(
+                error = chain(&error),
+                "containers can't ask docker's resolver"
+            ),
         }
     }
 

@@ -154,3 +154,16 @@ async fn changes_of_the_namespace_are_noticed() {
         "{now:?}"
     );
 }
+
+#[test]
+fn a_namespace_is_known_by_all_its_names_and_the_hosts_is_refused() {
+    let netns = Netns::new("names");
+    let named = NamespaceId::of_pod(&netns.path()).unwrap();
+    let file = File::open(netns.path()).unwrap();
+    let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    assert_eq!(NamespaceId::of_pod(Path::new(&open)).unwrap(), named);
+    let peer = Path::new("/run/netns").join(netns.peer());
+    assert_ne!(NamespaceId::of_pod(&peer).unwrap(), named);
+    let hosts = NamespaceId::of_pod(Path::new("/proc/self/ns/net"));
+    assert!(matches!(hosts, Err(NetworkError::Host { .. })), "{hosts:?}");
+}

@@ -21,6 +21,7 @@ pub mod error;
 pub mod events;
 mod host_hooks;
 mod loop_device;
+mod names;
 pub mod pod;
 pub mod process;
 pub mod rootfs;

@@ -26,10 +26,11 @@ impl Sandbox {
         let machine = self.machine().await?;
         let starting = key.clone();
         self.apply(move |pod| pod.begin_start(&starting)).await?;
-        if key.exec.is_none()
-            && let Err(cause) = machine.follow_network().await
-        {
-            return Err(self.start_failed(key, Error::Network(cause)).await);
+        if key.exec.is_none() {
+            if let Err(cause) = machine.follow_network().await {
+                return Err(self.start_failed(key, Error::Network(cause)).await);
+            }
+            self.serve_names(&machine, &key.container).await;
         }
         crash::point("start.begun");
         if let Err(error) = machine.agent.start_process(&key).await {
