@@ -14,6 +14,7 @@
 pub mod bundle;
 pub mod conmon;
 pub mod cri;
+pub mod docker;
 pub mod leaks;
 pub mod oci;
 pub mod podman;

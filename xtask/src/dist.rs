@@ -41,9 +41,10 @@ const SNIPPETS: [&str; 3] = [
     "containerd-2.toml",
     "runtimeclass.yaml",
 ];
-const DOCUMENTS: [&str; 5] = [
+const DOCUMENTS: [&str; 6] = [
     "README.md",
     "docs/containerd.md",
+    "docs/docker.md",
     "docs/configuration.md",
     "docs/limitations.md",
     "docs/licences.md",

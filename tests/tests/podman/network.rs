@@ -80,6 +80,22 @@ fn containers_have_podmans_networks() {
             shown(&joined),
             "hello\ncode 0",
         );
+        let run = [
+            "run",
+            "--detach",
+            "--name",
+            "joined",
+            "--network",
+            "container:web",
+        ];
+        podman.ok(&[&run[..], &[IMAGE, "sleep", "600"]].concat());
+        podman.ok(&["stop", "--time", "0", "web"]);
+        report.row(
+            "who joined a network stays when its owner ends",
+            shown(&podman.call(&["exec", "joined", "echo", "alive"])),
+            "alive\ncode 0",
+        );
+        podman.ok(&["rm", "--force", "--time", "0", "joined"]);
         podman.ok(&["rm", "--force", "--time", "0", "web"]);
         let host_network = podman.call(&[
             "run",
