@@ -1,5 +1,6 @@
 //! The guest as a machine: its names and clock, the pod's share, its figures, its end.
 
+use crate::init;
 use coffer_proto::agent::{self, Resync, StatGuestResponse};
 use coffer_proto::limits::SHARE_DIR;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -39,6 +40,12 @@ pub enum GuestError {
         tag: String,
         #[source]
         cause: std::io::Error,
+    },
+    #[error("can't make the pod's shared memory {bytes} bytes large")]
+    SharedMemory {
+        bytes: u64,
+        #[source]
+        cause: nix::Error,
     },
     #[error("{0:?} is no sysctl of a pod")]
     SysctlName(String),
@@ -133,6 +140,23 @@ pub fn mount_share(tag: &str) -> Result<(), GuestError> {
         None::<&str>,
     )
     .map_err(|cause| failed(cause.into()))
+}
+
+/// Sets the size of /dev/shm, the pod's shared memory; 0 leaves it as it is.
+pub fn size_shared_memory(bytes: u64) -> Result<(), GuestError> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let size = format!("size={bytes}");
+    let flags = MsFlags::MS_REMOUNT | init::NO_EXEC;
+    mount(
+        None::<&str>,
+        init::SHARED_MEMORY,
+        None::<&str>,
+        flags,
+        Some(&*size),
+    )
+    .map_err(|cause| GuestError::SharedMemory { bytes, cause })
 }
 
 /// Sets the sysctls of the namespaces that the pod shares; the shim decides which those are.

@@ -47,7 +47,10 @@ struct Early {
     data: &'static str,
 }
 
-const NO_EXEC: MsFlags = MsFlags::MS_NOSUID
+/// Where POSIX shared memory is.
+pub const SHARED_MEMORY: &str = "/dev/shm";
+/// How file systems without programs in them are mounted.
+pub const NO_EXEC: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 const NO_DEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
@@ -80,7 +83,7 @@ const MOUNTS: &[Early] = &[
     },
     Early {
         fstype: "tmpfs",
-        target: "/dev/shm",
+        target: SHARED_MEMORY,
         flags: NO_EXEC,
         data: "mode=1777",
     },

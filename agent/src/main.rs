@@ -22,6 +22,7 @@ mod boot;
 mod console;
 mod container;
 mod cpus;
+mod disks;
 mod events;
 mod forward;
 mod guest;

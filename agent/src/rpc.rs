@@ -11,6 +11,7 @@
 
 use crate::container::{self, Container};
 use crate::cpus::{self, CpuError};
+use crate::disks::{self, DiskError};
 use crate::guest::{self, GuestError};
 use crate::mirror::MirrorError;
 use crate::network::{Change, NetworkError};
@@ -19,7 +20,7 @@ use crate::sandbox::{Sandbox, SandboxError};
 use crate::stdio::{Stdio, StdioError};
 use async_trait::async_trait;
 use coffer_proto::agent::{
-    self, ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Empty, Event,
+    self, ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Disk, DiskRef, Empty, Event,
     ExecProcessRequest, ListProcessesResponse, ProcessRef, ProcessResponse, ResizeTerminalRequest,
     Resync, SignalProcessRequest, StartSandboxRequest, StartSandboxResponse, StatContainerResponse,
     StatGuestResponse, UpdateContainerRequest, WaitProcessResponse,
@@ -110,6 +111,21 @@ impl Agent for Verbs {
         Ok(Empty::new())
     }
 
+    async fn add_disk(&self, _: &TtrpcContext, request: DiskRef) -> RpcResult<Disk> {
+        self.to_the_end(|_| async move {
+            Ok(spawn_blocking(move || disks::add(&request.serial)).await??)
+        })
+        .await
+    }
+
+    async fn remove_disk(&self, _: &TtrpcContext, request: DiskRef) -> RpcResult<Empty> {
+        self.to_the_end(|_| async move {
+            Ok(spawn_blocking(move || disks::remove(&request.serial)).await??)
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -123,7 +139,10 @@ impl Agent for Verbs {
             other => Some(container_id(other)?),
         };
         let made = self
-            .to_the_end(|sandbox| async move { sandbox.create(id, spec, stdio, beside).await })
+            .to_the_end(|sandbox| async move {
+                guest::size_shared_memory(request.shared_memory_bytes)?;
+                sandbox.create(id, spec, stdio, beside).await
+            })
             .await?;
         Ok(pid_of(&made))
     }
@@ -356,6 +375,7 @@ fn code(error: &SandboxError) -> Code {
         }
         SandboxError::Network(NetworkError::Invalid { .. }) => Code::INVALID_ARGUMENT,
         SandboxError::Network(NetworkError::NoCard(_))
+        | SandboxError::Disk(DiskError::NotFound(_))
         | SandboxError::Mirror(MirrorError::NoCopy { .. }) => Code::NOT_FOUND,
         SandboxError::Guest(GuestError::SysctlName(_) | GuestError::EntropyLength(_)) => {
             Code::INVALID_ARGUMENT

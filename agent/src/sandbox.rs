@@ -3,6 +3,7 @@
 use crate::boot::Phases;
 use crate::container::{self, Container, SharedNamespaces, Started};
 use crate::cpus::CpuError;
+use crate::disks::DiskError;
 use crate::events::{Events, MemoryWatch};
 use crate::guest::{self, GuestError};
 use crate::mirror::{self, MirrorError};
@@ -57,6 +58,8 @@ pub enum SandboxError {
     Pause(#[from] PauseError),
     #[error(transparent)]
     Cpus(#[from] CpuError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Mirror(#[from] MirrorError),
 }

@@ -4,7 +4,7 @@
 //! message of `status` (field 1) and `payload` (field 2), the answer proper.
 
 use crate::input::Input;
-use coffer::agent::{Agent, AgentError};
+use coffer::agent::{Agent, AgentError, NewContainer};
 use coffer::sandbox::process::ProcessKey;
 use coffer_proto::agent::{StartSandboxRequest, Stdio};
 use coffer_proto::ids::ContainerId;
@@ -80,7 +80,14 @@ async fn call(agent: &Agent, operation: u8) -> Result<(), AgentError> {
         4 => drop(agent.stat_guest().await?),
         5 => proper(agent.next_oom().await?.as_str()),
         6 => {
-            let pid = agent.create_container(&id, Vec::new(), Stdio::default(), None);
+            let container = NewContainer {
+                id: &id,
+                spec: Vec::new(),
+                stdio: Stdio::default(),
+                beside: None,
+                shared_memory: 0,
+            };
+            let pid = agent.create_container(container);
             assert!(i32::try_from(pid.await?).is_ok_and(|pid| pid > 0));
         }
         7 => {

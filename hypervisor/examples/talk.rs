@@ -79,7 +79,7 @@ fn main() -> anyhow::Result<()> {
         let file = give(File::open(path)?.into());
         disks.push(DiskConfig {
             serial: "first".into(),
-            file,
+            file: Some(file),
             read_only: true,
         });
     }

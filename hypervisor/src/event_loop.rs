@@ -14,6 +14,7 @@ use crate::virtio::mmio::{Transport, Work};
 use crate::virtio::slot::Slot;
 use coffer_proto::limits::BOOT_PHASE_AGENT_READY;
 use coffer_proto::vmm::{ControlError, Event, Exit, Files, Reply, Request};
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -66,6 +67,22 @@ impl Token {
             2 => Self::Queue { slot, queue: low },
             3 => Self::Source { slot, token: low },
             _ => Self::Supervisor,
+        }
+    }
+}
+
+/// A slot whose backing file comes and goes.
+#[derive(Debug, Clone, Copy)]
+enum Which {
+    Network(u8),
+    Disk(u8),
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(slot) => write!(f, "network slot {slot}"),
+            Self::Disk(slot) => write!(f, "disk slot {slot}"),
         }
     }
 }
@@ -198,10 +215,15 @@ impl EventLoop {
         let reply = match request {
             Request::Boot(_) => failed("the VM is booted already"),
             Request::AttachTap { slot, tap } => match files.take(tap) {
-                Ok(tap) => self.set_tap(slot, Some(tap)),
+                Ok(tap) => self.set_backend(Which::Network(slot), Some(tap)),
                 Err(error) => failed(&crate::chain(&error)),
             },
-            Request::DetachTap { slot } => self.set_tap(slot, None),
+            Request::DetachTap { slot } => self.set_backend(Which::Network(slot), None),
+            Request::AttachDisk { slot, file } => match files.take(file) {
+                Ok(file) => self.set_backend(Which::Disk(slot), Some(file)),
+                Err(error) => failed(&crate::chain(&error)),
+            },
+            Request::DetachDisk { slot } => self.set_backend(Which::Disk(slot), None),
             Request::ResizeMemory { mib } => match self.machine.resize_memory(mib) {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(&crate::chain(&error)),
@@ -248,19 +270,23 @@ impl EventLoop {
         }
     }
 
-    fn set_tap(&mut self, nic: u8, tap: Option<OwnedFd>) -> Reply {
-        let Some(slot) = self.machine.nic(nic) else {
-            return failed(&format!("there is no network slot {nic}"));
+    fn set_backend(&mut self, which: Which, file: Option<OwnedFd>) -> Reply {
+        let slot = match which {
+            Which::Network(nic) => self.machine.nic(nic),
+            Which::Disk(disk) => self.machine.disk(disk),
+        };
+        let Some(slot) = slot else {
+            return failed(&format!("there is no {which}"));
         };
         let shared = self.machine.slots[slot].clone();
         let mut transport = shared.lock();
         self.unwatch(slot);
-        let result = transport.device().set_backend(tap);
+        let result = transport.device().set_backend(file);
         let watched = self.watch(slot, &mut transport);
         match (result, watched) {
             (Ok(()), Ok(())) => Reply::Done,
             (Err(error), _) => failed(&crate::chain(&error)),
-            (_, Err(error)) => failed(&format!("network slot {nic} can't be watched: {error}")),
+            (_, Err(error)) => failed(&format!("{which} can't be watched: {error}")),
         }
     }
 

@@ -29,6 +29,7 @@ use coffer_proto::vmm::{ControlError, Exit, Files, VmConfig, VsockConfig};
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
@@ -81,6 +82,9 @@ pub struct Machine {
     /// Index in `slots` of the first network slot.
     first_nic: usize,
     nics: usize,
+    /// The same of disks.
+    first_disk: usize,
+    disks: usize,
     /// Number of the latest wish of [`Machine::want`].
     pub wish: u64,
     /// Size that a file may get: of the largest disk the guest may write to, or of memory that is plugged later.
@@ -175,10 +179,8 @@ impl Machine {
             }
             None => (None, ram.clone()),
         };
-        let first_nic = devices
-            .iter()
-            .position(|(name, _)| name.starts_with("net"))
-            .unwrap_or(devices.len());
+        let first = |kind: &str| devices.iter().position(|(name, _)| name.starts_with(kind));
+        let (first_nic, first_disk) = (first("net"), first("disk"));
         let slots = attach(&vm, &memory, devices, &wake)?;
 
         // Kernel, initrd, command line, MP table.
@@ -229,7 +231,6 @@ impl Machine {
             .map(|vcpu| vcpu.start(context.clone()))
             .collect();
 
-        let nics = config.nics.len();
         Ok(Self {
             vcpus: vcpus?,
             slots,
@@ -237,8 +238,10 @@ impl Machine {
             exits,
             notices,
             wake,
-            first_nic,
-            nics,
+            first_nic: first_nic.unwrap_or_default(),
+            nics: config.nics.len(),
+            first_disk: first_disk.unwrap_or_default(),
+            disks: config.disks.len(),
             wish: 0,
             largest_file,
             growth,
@@ -289,6 +292,11 @@ impl Machine {
     pub fn nic(&self, nic: u8) -> Option<usize> {
         (usize::from(nic) < self.nics).then(|| self.first_nic + usize::from(nic))
     }
+
+    /// The device of disk slot `disk`.
+    pub fn disk(&self, disk: u8) -> Option<usize> {
+        (usize::from(disk) < self.disks).then(|| self.first_disk + usize::from(disk))
+    }
 }
 
 fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
@@ -328,12 +336,13 @@ fn devices(
     }
     let mut largest_disk = 0;
     for (n, disk) in config.disks.iter().enumerate() {
-        let file = File::from(files.take(disk.file)?);
-        if !disk.read_only {
+        let file = disk.file.map(|file| files.take(file)).transpose()?;
+        let file = file.map(File::from);
+        if let Some(file) = file.as_ref().filter(|_| !disk.read_only) {
             largest_disk = largest_disk.max(file.metadata().map_err(device("disk"))?.len());
         }
-        let disk =
-            Block::new(&disk.serial, Some(file.into()), disk.read_only).map_err(device("disk"))?;
+        let file = file.map(OwnedFd::from);
+        let disk = Block::new(&disk.serial, file, disk.read_only).map_err(device("disk"))?;
         devices.push((format!("disk{n}"), Box::new(disk)));
     }
     if config.balloon {

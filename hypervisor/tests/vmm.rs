@@ -3,12 +3,13 @@
 
 mod shim;
 
-use coffer_proto::limits::MAX_BOOT_PHASES;
-use coffer_proto::vmm::{Event, Exit, FromVmm, Reply, Request};
+use coffer_proto::limits::{MAX_BOOT_PHASES, MAX_DISKS};
+use coffer_proto::vmm::{DiskConfig, Event, Exit, FdIndex, FromVmm, Reply, Request};
 use shim::code::{
     HALT, KNOCK, RESET, SPIN, again, bring_up, load, out_eax, phase, program, registers, store,
 };
 use shim::{Setup, Supervisor, Vmm};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 fn phases(events: &[Event]) -> Vec<u32> {
@@ -76,6 +77,42 @@ fn a_driver_can_bring_a_device_up_and_reset_it() {
         [15, 0],
         "the main thread did the work before the vCPU went on"
     );
+}
+
+#[test]
+fn an_empty_disk_slot_is_no_device_until_it_is_filled_and_after_it_is_emptied() {
+    // Console, rng and vsock come before.
+    let kind = load(registers(3) + 8);
+    // `test eax, eax`, then `jz` or `jnz` back to the load.
+    let until_there = [&kind[..], &[0x85, 0xc0, 0x74, 0xf7]].concat();
+    let until_gone = [&kind[..], &[0x85, 0xc0, 0x75, 0xf7]].concat();
+    let seen = [&until_there[..], &out_eax()].concat();
+    let code = program(&[&phase(9), &seen, &until_gone, &phase(7), &RESET, &SPIN]);
+    let mut vmm = Vmm::boot_with(&code, |config| {
+        let slot = |n| DiskConfig {
+            serial: format!("slot-{n}"),
+            file: None,
+            read_only: false,
+        };
+        config.disks = (0..MAX_DISKS).map(slot).collect();
+    });
+    assert_eq!(phases(&[vmm.event()]), [9]);
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(1 << 20).unwrap();
+    let attach = |slot| Request::AttachDisk {
+        slot,
+        file: FdIndex(0),
+    };
+    let done = FromVmm::Reply(Reply::Done);
+    assert_eq!(vmm.ask_with(&attach(0), &[disk.as_fd()]), done);
+    assert_eq!(phases(&[vmm.event()]), [2], "a block device");
+    for wrong in [0, MAX_DISKS as u8] {
+        let refused = vmm.ask_with(&attach(wrong), &[disk.as_fd()]);
+        assert!(matches!(refused, FromVmm::Reply(Reply::Failed { .. })));
+    }
+    vmm.ask(&Request::DetachDisk { slot: 0 });
+    assert_eq!(phases(&[vmm.event()]), [7]);
+    assert_eq!(vmm.until_exit().1, Exit::Reset);
 }
 
 #[test]

@@ -9,6 +9,9 @@ pub const GUEST_CID: u64 = 3;
 
 /// Where the agent mounts the pod's virtio-fs share in the guest.
 pub const SHARE_DIR: &str = "/run/coffer/share";
+/// Directory of the share with the volumes, each under a number. Not below a container's, for two of a pod may have the same one;
+/// no container has such a name.
+pub const VOLUMES: &str = ".volumes";
 /// Where the agent keeps its copies of small volumes: `<container>/<index of the mount>`.
 pub const MIRROR_DIR: &str = "/run/coffer/mirror";
 /// virtio-fs tag of the pod's share.
@@ -40,5 +43,5 @@ pub const MAX_LISTED_PROCESSES: usize = 65_536;
 pub const MAX_VCPUS: u8 = 64;
 /// Network interfaces of one VM; each has an interrupt line from boot.
 pub const MAX_NICS: usize = 4;
-/// Block devices of one VM.
+/// Block devices of one VM; each has an interrupt line from boot.
 pub const MAX_DISKS: usize = 4;

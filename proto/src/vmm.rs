@@ -51,6 +51,11 @@ pub enum Request {
     /// Ask the guest to have this much memory: at least what it booted with, at most [`VmConfig::max_memory_mib`]. Done means that it
     /// was asked; `Event::Memory` tells when it has.
     ResizeMemory { mib: u32 },
+    /// Give the empty disk slot its content, which is read-only where the file was opened so. The guest finds the disk when it
+    /// looks at the slot again. Carries one file.
+    AttachDisk { slot: u8, file: FdIndex },
+    /// Take the disk away; the slot is empty again.
+    DetachDisk { slot: u8 },
     /// Stop all vCPUs between two instructions.
     Pause,
     /// Let them go on.
@@ -130,6 +135,7 @@ pub struct VmConfig {
     pub fs: Option<FsConfig>,
     /// Network slots, present from boot, in order.
     pub nics: Vec<NicConfig>,
+    /// Disk slots, in order.
     pub disks: Vec<DiskConfig>,
     /// Free-page reporting and a balloon that gives memory back.
     pub balloon: bool,
@@ -182,7 +188,8 @@ pub struct NicConfig {
 pub struct DiskConfig {
     /// At most 20 bytes, as the guest reads it with VIRTIO_BLK_T_GET_ID.
     pub serial: String,
-    pub file: FdIndex,
+    /// None until `AttachDisk`: the guest sees that the place is taken, and no device (`coffer-vmm` only).
+    pub file: Option<FdIndex>,
     pub read_only: bool,
 }
 

@@ -7,9 +7,10 @@ mod wire;
 
 use crate::machine::child::printable;
 use crate::sandbox::process::ProcessKey;
+use crate::spec::DeviceNumber;
 use coffer_proto::agent::{
-    ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest,
-    Interface, MirrorChange, OnlineCpus, Process, ProcessRef, ProcessResponse,
+    ChangeMirrorRequest, ContainerRef, CreateContainerRequest, Disk, DiskRef, Empty,
+    ExecProcessRequest, Interface, MirrorChange, OnlineCpus, Process, ProcessRef, ProcessResponse,
     ResizeTerminalRequest, SignalProcessRequest, StartSandboxRequest, StatContainerResponse,
     StatGuestResponse, Stdio, UpdateContainerRequest, event,
 };
@@ -77,6 +78,19 @@ pub struct Ended {
     /// 0-255
     pub status: u32,
     pub oom_killed: bool,
+}
+
+/// A container to be prepared.
+#[derive(Debug)]
+pub struct NewContainer<'a> {
+    pub id: &'a ContainerId,
+    /// The OCI spec as JSON.
+    pub spec: Vec<u8>,
+    pub stdio: Stdio,
+    /// The container whose PID namespace it joins.
+    pub beside: Option<&'a ContainerId>,
+    /// Bytes that the pod's shared memory is to have; 0 leaves it as it is.
+    pub shared_memory: u64,
 }
 
 /// The connection. Clones share it.
@@ -153,21 +167,30 @@ impl Agent {
         self.call("ChangeMirror", QUICK, send).await.map(drop)
     }
 
-    /// Prepares a container, in the PID namespace of the container `beside` if there is one; gives its init process's pid in
-    /// the guest.
-    pub async fn create_container(
-        &self,
-        id: &ContainerId,
-        spec: Vec<u8>,
-        stdio: Stdio,
-        beside: Option<&ContainerId>,
-    ) -> Result<u32, AgentError> {
-        fits("the spec", spec.len())?;
+    /// Has the disk of this serial number found; gives its number in the guest.
+    pub async fn add_disk(&self, serial: &str) -> Result<DeviceNumber, AgentError> {
+        let target = disk(serial);
+        let send = |context| self.client.add_disk(context, &target);
+        let Disk { major, minor, .. } = self.call("AddDisk", PROCESS, send).await?;
+        Ok(DeviceNumber { major, minor })
+    }
+
+    /// Has a disk let go of.
+    pub async fn remove_disk(&self, serial: &str) -> Result<(), AgentError> {
+        let target = disk(serial);
+        let send = |context| self.client.remove_disk(context, &target);
+        self.call("RemoveDisk", PROCESS, send).await.map(drop)
+    }
+
+    /// Prepares a container; gives its init process's pid in the guest.
+    pub async fn create_container(&self, new: NewContainer<'_>) -> Result<u32, AgentError> {
+        fits("the spec", new.spec.len())?;
         let request = CreateContainerRequest {
-            container_id: id.to_string(),
-            spec,
-            stdio: Some(stdio).into(),
-            pid_namespace_of: beside.map(ToString::to_string).unwrap_or_default(),
+            container_id: new.id.to_string(),
+            spec: new.spec,
+            stdio: Some(new.stdio).into(),
+            pid_namespace_of: new.beside.map(ToString::to_string).unwrap_or_default(),
+            shared_memory_bytes: new.shared_memory,
             ..Default::default()
         };
         let call = "CreateContainer";
@@ -416,6 +439,13 @@ fn invalid(call: &'static str, what: impl Into<String>) -> AgentError {
     AgentError::Invalid {
         call,
         what: what.into(),
+    }
+}
+
+fn disk(serial: &str) -> DiskRef {
+    DiskRef {
+        serial: serial.to_owned(),
+        ..Default::default()
     }
 }
 

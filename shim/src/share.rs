@@ -4,7 +4,7 @@
 //! <sandbox>/shared/   plain directory, written by the shim only: the mount points
 //! <sandbox>/share/    `shared` once more, as a mount of its own: read-only, nodev, nosuid, nosymfollow, shared propagation.
 //!   <container>/rootfs      the container's root, bind mounted
-//!   <container>/mounts/<n>  its volumes
+//!   .volumes/<n>            volumes, each for the containers that have it
 //! ```
 //!
 //! coffer-fsd serves `share`. Its top is read-only, so the guest's root can't put a symlink where the shim would
@@ -13,11 +13,12 @@
 //! A source is opened once and then mounted by fd (open_tree, move_mount), never by a path that could change meanwhile.
 
 mod idmap;
+mod volumes;
 
 pub use idmap::IdMap;
 
 use coffer_proto::ids::ContainerId;
-use coffer_proto::limits::SHARE_DIR;
+use coffer_proto::limits::{SHARE_DIR, VOLUMES};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use std::ffi::CString;
@@ -27,6 +28,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use volumes::{Content, Volumes};
 
 /// Why the share could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -57,14 +60,13 @@ pub enum ShareError {
 #[derive(Debug)]
 pub struct Share {
     sandbox: PathBuf,
+    volumes: Mutex<Volumes>,
 }
 
 impl Share {
     /// Makes the share below the sandbox's directory.
     pub fn create(sandbox: &Path) -> Result<Self, ShareError> {
-        let share = Self {
-            sandbox: sandbox.to_owned(),
-        };
+        let share = Self::of(sandbox);
         for dir in [share.points(), share.served()] {
             make_dir(&dir)?;
         }
@@ -84,6 +86,13 @@ impl Share {
         Ok(share)
     }
 
+    fn of(sandbox: &Path) -> Self {
+        Self {
+            sandbox: sandbox.to_owned(),
+            volumes: Mutex::default(),
+        }
+    }
+
     /// What coffer-fsd serves.
     pub fn served(&self) -> PathBuf {
         self.sandbox.join("share")
@@ -100,37 +109,43 @@ impl Share {
         source: &Path,
         read_only: bool,
     ) -> Result<String, ShareError> {
-        self.add(id, Path::new("rootfs"), source, read_only, None)
+        let within = Path::new(id.as_str()).join("rootfs");
+        self.add(&within, source, &open(source)?, read_only, None)
     }
 
-    /// Shows a directory or file as the container's volume number `index`; gives its path in the guest.
-    pub fn add_mount(
+    /// Shows a directory or file as a volume of a container; gives its path in the guest.
+    pub fn add_volume(
         &self,
         id: &ContainerId,
-        index: usize,
         source: &Path,
         read_only: bool,
         idmap: Option<&IdMap>,
     ) -> Result<String, ShareError> {
-        let name = Path::new("mounts").join(index.to_string());
-        self.add(id, &name, source, read_only, idmap)
+        let opened = open(source)?;
+        let content = Content::of(source, &opened, read_only, idmap)?;
+        let mut volumes = self.volumes.lock().expect("no holder of this lock panics");
+        if let Some(number) = volumes.join(&content, id) {
+            return Ok(in_guest(&volume(number)));
+        }
+        let number = volumes.next();
+        let path = self.add(&volume(number), source, &opened, read_only, idmap)?;
+        volumes.add(number, content, id);
+        Ok(path)
     }
 
+    /// Mounts a source that was opened at a place of the share.
     fn add(
         &self,
-        id: &ContainerId,
-        name: &Path,
+        within: &Path,
         source: &Path,
+        opened: &File,
         read_only: bool,
         idmap: Option<&IdMap>,
     ) -> Result<String, ShareError> {
-        let within = Path::new(id.as_str()).join(name);
-        let point = self.points().join(&within);
-        make_dir(&self.points().join(id))?;
+        let point = self.points().join(within);
         if let Some(parent) = point.parent() {
             make_dir(parent)?;
         }
-        let opened = open(source)?;
         let kind = opened
             .metadata()
             .map_err(|e| ShareError::Open {
@@ -166,24 +181,32 @@ impl Share {
         mount(
             source,
             opened.as_fd(),
-            &self.served().join(&within),
+            &self.served().join(within),
             &attributes,
             kind.is_dir(),
         )?;
-        Ok(format!("{SHARE_DIR}/{}", within.display()))
+        Ok(in_guest(within))
     }
 
     /// Takes everything of one container away. Nothing to do is no error.
     pub fn remove_container(&self, id: &ContainerId) -> Result<(), ShareError> {
         unmount_below(&self.served().join(id))?;
-        remove_tree(&self.points().join(id))
+        remove_tree(&self.points().join(id))?;
+        let unused = self
+            .volumes
+            .lock()
+            .expect("no holder of this lock panics")
+            .leave(id);
+        for number in unused {
+            unmount_below(&self.served().join(volume(number)))?;
+            remove_tree(&self.points().join(volume(number)))?;
+        }
+        Ok(())
     }
 
     /// Takes the whole share of a sandbox away, from its directory alone; what is gone already is no error.
     pub fn remove(sandbox: &Path) -> Result<(), ShareError> {
-        let share = Self {
-            sandbox: sandbox.to_owned(),
-        };
+        let share = Self::of(sandbox);
         unmount_below(&share.served())?;
         match fs::remove_dir(share.served()) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -196,6 +219,15 @@ impl Share {
         }
         remove_tree(&share.points())
     }
+}
+
+/// A volume's place in the share.
+fn volume(number: u64) -> PathBuf {
+    Path::new(VOLUMES).join(number.to_string())
+}
+
+fn in_guest(within: &Path) -> String {
+    format!("{SHARE_DIR}/{}", within.display())
 }
 
 /// Opens a path for mounting, following symlinks of the host as the user who named it expects.
@@ -406,7 +438,13 @@ fn remove_tree(path: &Path) -> Result<(), ShareError> {
     if let Some(mounted) = mounts_below(path)?.into_iter().next() {
         return Err(ShareError::StillMounted { path: mounted });
     }
-    match fs::remove_dir_all(path) {
+    let is_file = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
+    let removed = if is_file {
+        fs::remove_file(path)
+    } else {
+        fs::remove_dir_all(path)
+    };
+    match removed {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ShareError::Remove {
             path: path.to_owned(),
             source: e,

@@ -8,13 +8,17 @@ mod binds;
 mod devices;
 mod labels;
 mod need;
+mod shared_memory;
 
 pub use binds::Bind;
+pub use devices::{BlockDevice, DeviceNumber};
 pub use labels::strip_process;
 pub use need::{Limit, Need, cpus, memory_mib};
+pub use shared_memory::{HostTmpfs, SharedMemory};
 
 use crate::cgroup::CgroupPath;
 use crate::mount_points::MountPoint;
+use binds::Taken;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_DIR;
 use oci_spec::runtime::{Hook, HooksBuilder, Linux, LinuxNamespaceType, Spec};
@@ -91,14 +95,18 @@ pub struct Bundle {
 /// A spec split into what the agent gets and what the shim does.
 #[derive(Debug)]
 pub struct GuestSpec {
-    /// The OCI spec for the agent.
-    pub json: Vec<u8>,
+    /// The OCI spec for the agent, but for what depends on the VM.
+    spec: Spec,
     pub rootfs: PathBuf,
     pub read_only_rootfs: bool,
     /// Volumes, to be added to the share before the container is created.
     pub binds: Vec<Bind>,
     /// Where mounts go in the container, in the order of the spec.
     pub mount_points: Vec<MountPoint>,
+    /// Where it has that of its pod.
+    pub shared_memory: Option<SharedMemory>,
+    /// Block devices of the host that it is given.
+    pub block_devices: Vec<BlockDevice>,
     pub terminal: bool,
     /// `linux.namespaces` of type network with a path: where the VM's network comes from.
     pub network_namespace: Option<PathBuf>,
@@ -173,12 +181,16 @@ impl Bundle {
         if let Some(root) = spec.root_mut() {
             root.set_path(PathBuf::from(format!("{SHARE_DIR}/{id}/rootfs")));
         }
-        devices::keep_guests_own(&mut spec)?;
-        let mut binds = Vec::new();
+        let block_devices = devices::take(&mut spec)?;
+        let (mut binds, mut shared_memory) = (Vec::new(), None);
         let user = binds::user_mappings(&spec);
         if let Some(mounts) = spec.mounts_mut() {
             for (i, mount) in mounts.iter_mut().enumerate() {
-                binds.extend(binds::take(mount, i, id, &self.dir, &user)?);
+                match binds::take(mount, i, id, &self.dir, &user)? {
+                    Taken::Guests => {}
+                    Taken::Volume(bind) => binds.push(bind),
+                    Taken::SharedMemory(memory) => shared_memory = Some(memory),
+                }
             }
         }
         let mount_points = mount_points(&spec, &binds);
@@ -197,6 +209,8 @@ impl Bundle {
             read_only_rootfs,
             binds,
             mount_points,
+            shared_memory,
+            block_devices,
             terminal: spec
                 .process()
                 .as_ref()
@@ -208,8 +222,15 @@ impl Bundle {
             cgroup,
             need: Need::of(&spec),
             host_hooks,
-            json: serde_json::to_vec(&spec).expect("a spec that was parsed can be written"),
+            spec,
         })
+    }
+}
+
+impl GuestSpec {
+    /// The spec as the agent takes it.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.spec).expect("a spec that was parsed can be written")
     }
 }
 

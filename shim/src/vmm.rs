@@ -142,6 +142,21 @@ impl Vmm {
         timeout(limit, reached).await.is_ok_and(|has| has.is_ok())
     }
 
+    /// Makes disk slot `slot` a disk.
+    pub async fn attach_disk(&self, slot: u8, file: OwnedFd) -> Result<(), VmmError> {
+        let request = Request::AttachDisk {
+            slot,
+            file: coffer_proto::vmm::FdIndex(0),
+        };
+        done(self.call(request, vec![file], REQUEST_DEADLINE).await?)
+    }
+
+    /// Empties disk slot `slot`.
+    pub async fn detach_disk(&self, slot: u8) -> Result<(), VmmError> {
+        let request = Request::DetachDisk { slot };
+        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+    }
+
     /// Counters of the VM.
     pub async fn metrics(&self) -> Result<Metrics, VmmError> {
         match self

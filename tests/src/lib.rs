@@ -16,6 +16,7 @@ pub mod conmon;
 pub mod cri;
 pub mod docker;
 pub mod leaks;
+pub mod loop_device;
 pub mod oci;
 pub mod podman;
 pub mod schema;

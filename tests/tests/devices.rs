@@ -100,7 +100,7 @@ impl Vm {
                 .enumerate()
                 .map(|(n, (file, read_only))| DiskConfig {
                     serial: format!("disk-{n}"),
-                    file: give(file.try_clone().unwrap().into()),
+                    file: Some(give(file.try_clone().unwrap().into())),
                     read_only: *read_only,
                 })
                 .collect(),

@@ -2,7 +2,7 @@
 
 use coffer_tests::bundle::Bundle;
 use coffer_tests::task::Task;
-use coffer_tests::{Background, Test, host};
+use coffer_tests::{Background, Test, asset, host};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -176,19 +176,54 @@ fn shared_memory_is_one_for_the_pod() {
     let pod = Pod::new(&test);
     let shm = test.dir().join("shm");
     let _shm = Tmpfs::new(&shm, "1m");
-    let mounts = [bind(&shm, "/dev/shm", &["rw"])];
-    let writer = |script: &str| {
-        let mut bundle = pod.bundle(script, &mounts);
+    let other = test.dir().join("other/shm");
+    let _other = Tmpfs::new(&other, "2m");
+    let with = |shm: &Path, script: &str| {
+        let mut bundle = pod.bundle(script, &[bind(shm, "/dev/shm", &["rw"])]);
         let all = bundle.config["mounts"].as_array_mut().unwrap();
         all.retain(|mount| mount["destination"] != "/dev/shm" || mount["type"] == "bind");
         bundle
     };
-    pod.start("writer", &writer("echo shared > /dev/shm/x; sleep 600"));
-    let reader = "until test -s /dev/shm/x; do sleep 0.1; done; cat /dev/shm/x; df /dev/shm | grep -c virtiofs";
-    let (_, output) = pod.run("reader", &writer(reader));
-    assert_eq!(output, "shared\n0\n");
+    pod.start("writer", &with(&shm, "echo shared > /dev/shm/x; sleep 600"));
+    let size = "df -k /dev/shm | awk 'END {print $2}'";
+    let reader = format!(
+        "until test -s /dev/shm/x; do sleep 0.1; done; cat /dev/shm/x; df /dev/shm | grep -c virtiofs; {size}"
+    );
+    let (_, output) = pod.run("reader", &with(&shm, &reader));
+    assert_eq!(output, "shared\n0\n1024\n");
+    let stranger = format!("ls /dev/shm | wc -l; {size}; stat -c %a /dev/shm");
+    let (_, output) = pod.run("stranger", &with(&other, &stranger));
+    assert_eq!(output, "0\n2048\n1777\n");
     pod.end("writer");
     assert_eq!(fs::read_dir(&shm).unwrap().count(), 0);
+}
+
+#[test]
+fn a_volume_of_two_containers_is_one_file_system() {
+    let test = Test::new("together");
+    let pod = Pod::new(&test);
+    let volume = test.dir().join("volume");
+    fs::create_dir_all(&volume).unwrap();
+    fs::write(volume.join("open"), "").unwrap();
+    // Busybox has no flock(1).
+    let bundle = |script: &str| {
+        let mut bundle = pod.bundle(script, &[bind(&volume, "/mnt", &["rw"])]);
+        bundle.config["root"]["path"] = json!(asset("debian"));
+        bundle
+    };
+    let holder = "exec 3< /mnt/open; flock /mnt/lock sh -c 'touch /mnt/locked; sleep 600' & until test -s /mnt/open; do sleep 0.1; done
+        cat <&3; touch /mnt/seen; sleep 600";
+    let out = pod.start("holder", &bundle(holder));
+    let other =
+        "until test -e /mnt/locked; do sleep 0.1; done; flock -n /mnt/lock true || echo locked
+        echo written >> /mnt/open; until test -e /mnt/seen; do sleep 0.1; done";
+    let (status, output) = pod.run("other", &bundle(other));
+    assert_eq!((status, output.as_str()), (0, "locked\n"));
+    assert_eq!(fs::read_to_string(out).unwrap(), "written\n");
+    // The one that is left keeps it.
+    pod.end("holder");
+    let (_, output) = pod.run("third", &bundle("cat /mnt/open"));
+    assert_eq!(output, "written\n");
 }
 
 #[test]

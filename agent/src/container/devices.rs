@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, readlinkat};
-use nix::sys::stat::{Mode, SFlag, fstat, fstatat, makedev, mknodat};
+use nix::fcntl::{AtFlags, OFlag, readlink, readlinkat};
+use nix::sys::stat::{Mode, SFlag, fstat, fstatat, major, makedev, minor, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
@@ -86,6 +86,17 @@ impl Device {
         kind == self.kind.bits() && (self.kind == SFlag::S_IFIFO || stat.st_rdev == self.number)
     }
 
+    /// The guest's own node. Disks have one name in the guest and another in each container.
+    fn path_in_guest(&self) -> nix::Result<PathBuf> {
+        if self.kind != SFlag::S_IFBLK {
+            return Ok(self.path.clone());
+        }
+        let (major, minor) = (major(self.number), minor(self.number));
+        let disk = readlink(&*format!("/sys/dev/block/{major}:{minor}"))?;
+        let name = Path::new(&disk).file_name().ok_or(Errno::ENODEV)?;
+        Ok(Path::new("/dev").join(name))
+    }
+
     fn make(&self, root: &Root) -> nix::Result<()> {
         let (parent, name) = root.parent(&self.path)?;
         match mknodat(&parent, name.as_os_str(), self.kind, self.mode, self.number) {
@@ -122,7 +133,8 @@ pub fn all(spec: &[LinuxDevice]) -> Vec<Device> {
 pub fn borrow_from_guest(devices: &[Device]) -> Result<Vec<OwnedFd>, Failure> {
     let open = |device: &Device| -> nix::Result<OwnedFd> {
         let guest = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-        let path = device.path.strip_prefix("/").unwrap_or(&device.path);
+        let path = device.path_in_guest()?;
+        let path = path.strip_prefix("/").unwrap_or(&path);
         let node = beneath(guest.as_fd(), path, OFlag::O_PATH)?;
         if !device.is(&fstat(&node)?) {
             return Err(Errno::ENODEV);

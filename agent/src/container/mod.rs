@@ -24,6 +24,7 @@ mod device_filter;
 mod devices;
 mod failure;
 mod hooks;
+mod huge_pages;
 mod mount_api;
 mod mounts;
 mod namespaces;
@@ -64,6 +65,7 @@ use oci_spec::runtime::{
 
 use cgroup::{CGROUP_ROOT, Cgroup};
 use failure::{Failure, at};
+use huge_pages::HugePages;
 use wire::{ExecTask, FdName, Report, Task, Work};
 
 pub use namespaces::SharedNamespaces;
@@ -158,6 +160,7 @@ pub struct Container {
     personality: Option<LinuxPersonality>,
     /// For further processes that name none of their own.
     affinity: Option<ExecCPUAffinity>,
+    _huge_pages: HugePages,
 }
 
 /// Creates a container up to the point before its process runs the user's program.
@@ -168,10 +171,11 @@ pub fn create(
     pod: &SharedNamespaces,
 ) -> Result<(Container, Started), Error> {
     validate::spec(id.as_str(), spec, pod)?;
+    let linux = spec.linux().as_ref();
+    let huge_pages = HugePages::reserve(linux.and_then(|linux| linux.resources().as_ref()))?;
     let cgroup = Cgroup::create(id)?;
     match create_in(&cgroup, id, spec, stdio, pod) {
         Ok((devices, born)) => {
-            let linux = spec.linux().as_ref();
             let container = Container {
                 id: id.clone(),
                 cgroup,
@@ -185,6 +189,7 @@ pub fn create(
                     .process()
                     .as_ref()
                     .and_then(|p| p.exec_cpu_affinity().clone()),
+                _huge_pages: huge_pages,
             };
             Ok((container, born.started))
         }

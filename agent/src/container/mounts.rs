@@ -1,6 +1,6 @@
 //! The `mounts` of the OCI spec.
 //!
-//! Sources in the guest and the file systems that need the guest's own privileges (sysfs, mqueue) are made by the stage
+//! Sources in the guest and the file systems that need the guest's own privileges (sysfs, mqueue, hugetlbfs) are made by the stage
 //! as detached mounts, before the container has any namespace of its own. The rest is made by the new process, whose
 //! root is by then the container's, so that no path in here can name anything outside.
 
@@ -9,7 +9,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR};
+use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR, VOLUMES};
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
@@ -35,6 +35,7 @@ pub enum Kind {
     Tmpfs,
     Devpts,
     Mqueue,
+    Hugetlbfs,
     /// The container's own cgroup, whichever version the spec names.
     Cgroup,
 }
@@ -52,6 +53,7 @@ impl Kind {
             "tmpfs" => Self::Tmpfs,
             "devpts" => Self::Devpts,
             "mqueue" => Self::Mqueue,
+            "hugetlbfs" => Self::Hugetlbfs,
             "cgroup" | "cgroup2" => Self::Cgroup,
             _ => return None,
         })
@@ -65,6 +67,7 @@ impl Kind {
             Self::Tmpfs => c"tmpfs",
             Self::Devpts => c"devpts",
             Self::Mqueue => c"mqueue",
+            Self::Hugetlbfs => c"hugetlbfs",
             Self::Cgroup => c"cgroup2",
         }
     }
@@ -75,6 +78,8 @@ impl Kind {
 pub enum Source<'a> {
     /// Below the container's own directory in the pod's share.
     Share(&'a Path),
+    /// Below the pod's volumes in the share.
+    Volume(&'a Path),
     /// Below the container's own copies of volumes.
     Mirror(&'a Path),
     /// A kernel file system of the guest, relative to its root.
@@ -97,6 +102,9 @@ impl<'a> Source<'a> {
         if let Ok(rest) = path.strip_prefix(Path::new(SHARE_DIR).join(id)) {
             return (!rest.as_os_str().is_empty()).then_some(Self::Share(rest));
         }
+        if let Ok(rest) = path.strip_prefix(Path::new(SHARE_DIR).join(VOLUMES)) {
+            return (!rest.as_os_str().is_empty()).then_some(Self::Volume(rest));
+        }
         if let Ok(rest) = path.strip_prefix(Path::new(MIRROR_DIR).join(id)) {
             return (!rest.as_os_str().is_empty()).then_some(Self::Mirror(rest));
         }
@@ -112,6 +120,7 @@ impl<'a> Source<'a> {
     pub fn open(&self, id: &str) -> nix::Result<OwnedFd> {
         let (base, path) = match self {
             Self::Share(path) => (Path::new(SHARE_DIR).join(id), path),
+            Self::Volume(path) => (Path::new(SHARE_DIR).join(VOLUMES), path),
             Self::Mirror(path) => (Path::new(MIRROR_DIR).join(id), path),
             Self::Guest(path) => (PathBuf::from("/"), path),
         };
@@ -152,7 +161,7 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
                     nix::fcntl::open(&path, OFlag::O_PATH, Mode::empty()).map_err(at(step()))?;
                 mount_api::clone_tree(opened.as_fd(), Depth::One).map_err(at(step()))?
             }
-            Kind::Sysfs | Kind::Mqueue => {
+            Kind::Sysfs | Kind::Mqueue | Kind::Hugetlbfs => {
                 mount_api::new_mount(kind.file_system(), &options.parameters, options.attr.set)
                     .map_err(at(step()))?
             }
@@ -370,6 +379,11 @@ mod tests {
             Source::of("web", own),
             Some(Source::Share(Path::new("mounts/3")))
         );
+        let volume = Path::new("/run/coffer/share/.volumes/3");
+        assert_eq!(
+            Source::of("web", volume),
+            Some(Source::Volume(Path::new("3")))
+        );
         let copy = Path::new("/run/coffer/mirror/web/3");
         assert_eq!(
             Source::of("web", copy),
@@ -380,6 +394,7 @@ mod tests {
             "/run/coffer/share/db/rootfs",
             "/run/coffer/share/web2/rootfs",
             "/run/coffer/share/web",
+            "/run/coffer/share/.volumes",
             "/run/coffer/share",
             "/run/coffer",
             "/",

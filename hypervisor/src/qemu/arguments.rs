@@ -5,7 +5,9 @@ use super::process::reopenable;
 use coffer_proto::vmm::{DiskConfig, Files, FsConfig, NicConfig, VmConfig};
 use serde_json::{Value, json};
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 
 /// virtio-mmio slots that microvm has without ACPI.
 const SLOTS: usize = 8;
@@ -159,10 +161,17 @@ impl CommandLine {
     }
 
     fn disk(&mut self, slot: usize, disk: &DiskConfig, files: &mut Files) -> Result<(), Error> {
-        let path = self.file_set(files.take(disk.file)?);
+        let file = File::from(files.take(disk.file.ok_or(Error::EmptyDisk)?)?);
+        let kind = file.metadata().map_err(Error::host("look at a disk"))?;
+        let driver = if kind.file_type().is_block_device() {
+            "host_device"
+        } else {
+            "file"
+        };
+        let path = self.file_set(file.into());
         let node = format!("disk{slot}");
         let file = json!({
-            "driver": "file", "filename": path, "read-only": disk.read_only, "locking": "off", "discard": "unmap",
+            "driver": driver, "filename": path, "read-only": disk.read_only, "locking": "off", "discard": "unmap",
         });
         self.add_json(
             "-blockdev",
@@ -230,7 +239,7 @@ mod tests {
     }
 
     fn file() -> OwnedFd {
-        std::fs::File::open("/dev/null").unwrap().into()
+        File::open("/dev/null").unwrap().into()
     }
 
     fn sockets() -> Sockets {
@@ -284,7 +293,7 @@ mod tests {
     fn text_of_the_configuration_can_add_no_options() {
         let disk = DiskConfig {
             serial: "s,drive=x".into(),
-            file: FdIndex(5),
+            file: Some(FdIndex(5)),
             read_only: true,
         };
         let config = VmConfig {
@@ -321,7 +330,7 @@ mod tests {
     fn more_devices_than_slots_are_refused() {
         let disk = DiskConfig {
             serial: "s".into(),
-            file: FdIndex(5),
+            file: Some(FdIndex(5)),
             read_only: true,
         };
         let config = VmConfig {

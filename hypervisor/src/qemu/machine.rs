@@ -235,6 +235,9 @@ impl Machine {
                     message: "QEMU's microvm keeps the memory that it booted with".into(),
                 });
             }
+            Request::AttachDisk { .. } | Request::DetachDisk { .. } => {
+                return Err(Error::EmptyDisk);
+            }
             Request::Pause => drop(self.qmp.execute("stop", &json!({}))?),
             Request::Resume => drop(self.qmp.execute("cont", &json!({}))?),
             Request::Metrics => return Ok(Reply::Metrics(self.metrics())),

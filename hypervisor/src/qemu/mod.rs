@@ -57,6 +57,8 @@ pub enum Error {
     Jail(#[from] crate::jail::JailError),
     #[error(transparent)]
     Seccomp(#[from] crate::seccomp::SeccompError),
+    #[error("QEMU's microvm has the disks that it boots with, and no others")]
+    EmptyDisk,
     #[error("network slot {slot} {reason}")]
     Nic { slot: u8, reason: &'static str },
 }

@@ -66,7 +66,7 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: drop the activation, cancel what is in flight, be as new.
     fn reset(&mut self);
 
-    /// Gives the device another backing file while the VM runs (the tap of a network slot), or takes it away.
+    /// Gives the device another backing file while the VM runs (the tap of a network slot, the content of a disk slot), or takes it away.
     fn set_backend(&mut self, _backend: Option<OwnedFd>) -> Result<(), DeviceError> {
         Err(DeviceError::fatal(
             "the device has no exchangeable backing file",

@@ -12,7 +12,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -124,8 +124,14 @@ impl Vmm {
 
     /// A request whose answer is Done.
     pub fn ask(&mut self, request: &Request) {
-        vmm::send(self.control.as_ref().unwrap().as_fd(), request, &[]).unwrap();
-        assert_eq!(self.message(), FromVmm::Reply(Reply::Done), "{request:?}");
+        let reply = self.ask_with(request, &[]);
+        assert_eq!(reply, FromVmm::Reply(Reply::Done), "{request:?}");
+    }
+
+    /// A request with files; gives what comes next.
+    pub fn ask_with(&mut self, request: &Request, files: &[BorrowedFd<'_>]) -> FromVmm {
+        vmm::send(self.control.as_ref().unwrap().as_fd(), request, files).unwrap();
+        self.message()
     }
 
     pub fn metrics(&mut self) -> Metrics {

@@ -5,6 +5,7 @@
 
 pub mod child;
 mod death;
+mod disks;
 mod evidence;
 mod memory;
 pub mod options;
@@ -14,6 +15,7 @@ mod size;
 mod wiring;
 
 pub use death::Death;
+pub use disks::DiskError;
 pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
 pub use parts::{BootCause, open_console};
 pub use size::PodSize;
@@ -25,7 +27,7 @@ use crate::io::Dialer;
 use crate::mirror::Mirrors;
 use crate::network::{self, DockersNames, NamespaceId, Nic, PortForward};
 use crate::share::Share;
-use crate::spec::{self, Need};
+use crate::spec::{self, BlockDevice, DeviceNumber, Need};
 use crate::state::StateFile;
 use crate::vmm::{Vmm, VmmError, chain};
 use child::Child;
@@ -33,6 +35,7 @@ use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::SHARE_TAG;
 use death::End;
+use disks::Disks;
 use evidence::{Evidence, console_tail};
 use memory::GuestMemory;
 use phases::Phases;
@@ -72,6 +75,8 @@ pub struct Pod {
     pub size: PodSize,
     /// Sysctls of the pod's namespaces, by name.
     pub sysctls: HashMap<String, String>,
+    /// Those of the first container, where it is known.
+    pub block_devices: Vec<BlockDevice>,
 }
 
 /// Why there is no machine, with what its processes and its console said last.
@@ -99,6 +104,7 @@ pub struct Machine {
     pub share: Share,
     pub mirrors: Mirrors,
     pub dialer: Arc<Dialer>,
+    disks: Disks,
     fsd: Child,
     console: File,
     slowness: u32,
@@ -181,7 +187,9 @@ async fn assemble(
         options.cgroup.as_ref().or(pod.cgroup.as_ref()),
         state,
     )?;
-    let (wiring, nics) = begin_wiring(options, pod.netns.as_deref(), uid, state).await?;
+    let (disks, disk_slots) = Disks::begin(options.hypervisor, &pod.block_devices)?;
+    let room = options.hypervisor.nic_slots(disk_slots.len());
+    let (wiring, nics) = begin_wiring(room, pod.netns.as_deref(), uid, state).await?;
     phases.done("network")?;
 
     let (fsd, fs_socket) = parts::start_fsd(options, &share)?;
@@ -206,6 +214,7 @@ async fn assemble(
             fs_socket,
             nics,
             nic_slots: wiring.as_ref().map_or(0, Wiring::slots),
+            disks: disk_slots,
             console: &console,
         },
     )?;
@@ -235,6 +244,7 @@ async fn assemble(
         share,
         mirrors: Mirrors::default(),
         dialer,
+        disks,
         fsd,
         console,
         slowness,
@@ -258,7 +268,7 @@ async fn assemble(
 
 /// Takes over the pod's network, if it has one: what is kept of it, and the VM's cards.
 async fn begin_wiring(
-    options: &SandboxOptions,
+    room: usize,
     netns: Option<&Path>,
     uid: u32,
     state: &StateFile,
@@ -272,7 +282,7 @@ async fn begin_wiring(
         // One without a name of its own goes with its last holder, and leaves nothing to undo.
         state.netns = (!netns.starts_with("/proc/self")).then(|| netns.to_owned());
     })?;
-    let (wiring, nics) = Wiring::begin(netns, uid, options.hypervisor.nic_slots()).await?;
+    let (wiring, nics) = Wiring::begin(netns, uid, room).await?;
     Ok((Some(wiring), nics))
 }
 
@@ -413,6 +423,20 @@ impl Machine {
         if let Ok(Err(error)) = killed {
             tracing::error!(%error, "the hypervisor process can't be killed");
         }
+    }
+
+    /// Brings a container's block devices into the guest; gives the number of each on the host and in the guest.
+    pub async fn attach_disks(
+        &self,
+        id: &ContainerId,
+        wanted: &[BlockDevice],
+    ) -> Result<Vec<(DeviceNumber, DeviceNumber)>, DiskError> {
+        self.disks.attach(&self.vmm, &self.agent, id, wanted).await
+    }
+
+    /// Takes away those that no other container has.
+    pub async fn detach_disks(&self, id: &ContainerId) {
+        self.disks.detach(&self.vmm, &self.agent, id).await;
     }
 
     /// The host's pid that stands for every process of the guest.

@@ -33,11 +33,11 @@ impl Hypervisor {
         !matches!(self, Self::QemuEmulation)
     }
 
-    /// Network slots of a VM. QEMU's microvm has places for eight devices, of which the others take five.
-    pub fn nic_slots(self) -> usize {
+    /// Network slots of a VM with this many disk slots. QEMU's microvm has places for eight devices, of which five are always taken.
+    pub fn nic_slots(self, disks: usize) -> usize {
         match self {
             Self::CofferVmm => MAX_NICS,
-            Self::QemuKvm | Self::QemuEmulation => 3,
+            Self::QemuKvm | Self::QemuEmulation => 3_usize.saturating_sub(disks),
         }
     }
 

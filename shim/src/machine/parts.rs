@@ -1,6 +1,7 @@
 //! The steps of the boot recipe: each makes one thing.
 
 use super::child::{Child, SpawnError};
+use super::disks::{BootSlot, DiskError};
 use super::options::SandboxOptions;
 use crate::agent::AgentError;
 use crate::cgroup::{CgroupError, CgroupPath, SandboxCgroup};
@@ -12,7 +13,8 @@ use crate::vmm::{VmmError, chain};
 use coffer_proto::ids::SandboxId;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, MAX_VCPUS, SHARE_TAG};
 use coffer_proto::vmm::{
-    FdIndex, FsConfig, HostPort, NicConfig, VmConfig, VsockConfig, console, control_pair,
+    DiskConfig, FdIndex, FsConfig, HostPort, NicConfig, VmConfig, VsockConfig, console,
+    control_pair,
 };
 use nix::fcntl::{Flock, FlockArg};
 use std::ffi::OsStr;
@@ -59,6 +61,8 @@ pub enum BootCause {
     Network(#[from] NetworkError),
     #[error("the network namespace {netns} has more interfaces than the {room} that a VM takes")]
     TooManyInterfaces { netns: PathBuf, room: usize },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     #[error(transparent)]
@@ -248,6 +252,7 @@ pub struct Wires<'a> {
     pub nics: Vec<Nic>,
     /// Network slots, with those that have no interface yet.
     pub nic_slots: u8,
+    pub disks: Vec<BootSlot>,
     pub console: &'a File,
 }
 
@@ -278,6 +283,12 @@ pub fn vm_config(
         tap: taps.next(),
     });
     let nics = nics.collect();
+    let disks = wires.disks.into_iter().map(|slot| DiskConfig {
+        serial: slot.serial,
+        file: slot.file.map(|file| sent.add(file.into())),
+        read_only: slot.read_only,
+    });
+    let disks = disks.collect();
     let config = VmConfig {
         id: options.id.clone(),
         vcpus: options.all_vcpus(),
@@ -307,7 +318,7 @@ pub fn vm_config(
             socket: sent.add(wires.fs_socket),
         }),
         nics,
-        disks: Vec::new(),
+        disks,
         balloon: true,
         uid,
     };

@@ -5,6 +5,7 @@ use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
 use super::{Error, OwnNetwork, Sandbox};
+use crate::agent;
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
 use crate::machine::{self, Machine, Pod as PodSpec, PodSize};
@@ -83,6 +84,7 @@ impl Sandbox {
         crash::point("create.mounted");
         let bundle = self.load(&new)?;
         let mut guest = bundle.for_guest(&new.id)?;
+        let shared_memory = self.take_shared_memory(&mut guest);
         let endpoints = self.open_stdio(&new.stdio, &key).await?;
         let machine = match admission {
             Admission::Boot => {
@@ -95,18 +97,23 @@ impl Sandbox {
             }
             Admission::Join => self.machine().await?,
         };
-        share(&machine, &new.id, &guest).await?;
+        share(&machine, &new.id, &mut guest).await?;
+        let disks = machine.attach_disks(&new.id, &guest.block_devices).await?;
+        guest.renumber_block_devices(&disks);
         let hooks = std::mem::take(&mut guest.host_hooks);
         crash::point("create.shared");
         let beside = match &guest.pid_namespace {
             Some(path) => self.container_in(path, &new.id).await?,
             None => None,
         };
-        let stdio = endpoints.for_agent(new.stdio.terminal);
-        machine
-            .agent
-            .create_container(&new.id, guest.json, stdio, beside.as_ref())
-            .await?;
+        let container = agent::NewContainer {
+            id: &new.id,
+            spec: guest.to_json(),
+            stdio: endpoints.for_agent(new.stdio.terminal),
+            beside: beside.as_ref(),
+            shared_memory,
+        };
+        machine.agent.create_container(container).await?;
         crash::point("create.in-guest");
         self.need(&machine, &new.id, move |_| guest.need).await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
@@ -125,6 +132,20 @@ impl Sandbox {
         let pid = pid.await?;
         self.watch_process(&machine, key);
         Ok(pid)
+    }
+
+    /// The size for the guest's /dev/shm, where the container has a part in it. That is the shared memory of the pod; a container whose
+    /// engine gave it another one gets one of its own.
+    fn take_shared_memory(&self, guest: &mut GuestSpec) -> u64 {
+        let Some(memory) = guest.shared_memory else {
+            return 0;
+        };
+        let pods = *self.shared.shared_memory.get_or_init(|| memory.host);
+        if pods == memory.host {
+            return memory.bytes;
+        }
+        guest.keep_shared_memory_apart();
+        0
     }
 
     async fn open_stdio(&self, stdio: &StdioPaths, key: &ProcessKey) -> Result<Endpoints, Error> {
@@ -330,19 +351,20 @@ fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
         netns: guest.network_namespace.clone(),
         cgroup: guest.cgroup.clone(),
         size: PodSize::of(spec),
+        block_devices: guest.block_devices.clone(),
         ..Default::default()
     }
 }
 
 /// Shows the container's root and volumes to the guest.
-async fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result<(), Error> {
+async fn share(machine: &Machine, id: &ContainerId, guest: &mut GuestSpec) -> Result<(), Error> {
     if guest.read_only_rootfs {
         mount_points::make(&guest.rootfs, &guest.mount_points)?;
     }
     machine
         .share
         .add_rootfs(id, &guest.rootfs, guest.read_only_rootfs)?;
-    for bind in &guest.binds {
+    for bind in guest.binds.clone() {
         if bind.mirrored {
             machine
                 .mirrors
@@ -350,13 +372,11 @@ async fn share(machine: &Machine, id: &ContainerId, guest: &GuestSpec) -> Result
                 .await?;
             continue;
         }
-        machine.share.add_mount(
-            id,
-            bind.index,
-            &bind.source,
-            bind.read_only,
-            bind.idmap.as_ref(),
-        )?;
+        let (source, idmap) = (&bind.source, bind.idmap.as_ref());
+        let shown = machine
+            .share
+            .add_volume(id, source, bind.read_only, idmap)?;
+        guest.place_volume(&bind, shown);
     }
     Ok(())
 }

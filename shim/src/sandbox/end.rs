@@ -201,6 +201,7 @@ impl Sandbox {
     pub(super) async fn remove_from_host(&self, id: &ContainerId, machine: Option<&Machine>) {
         if let Some(machine) = machine {
             machine.mirrors.remove_container(id).await;
+            machine.detach_disks(id).await;
         }
         if let Some(machine) = machine
             && let Err(error) = machine.share.remove_container(id)

@@ -7,7 +7,7 @@ use crate::cgroup::CgroupPathError;
 use crate::cleanup::CleanupError;
 use crate::hooks::HookError;
 use crate::io::StdioError;
-use crate::machine::{BootCause, BootError, ResizeError};
+use crate::machine::{BootCause, BootError, DiskError, ResizeError};
 use crate::mirror::MirrorError;
 use crate::mount_points::MountPointError;
 use crate::share::ShareError;
@@ -85,6 +85,8 @@ pub enum Error {
     MountPoint(#[from] MountPointError),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     #[error(transparent)]

@@ -33,6 +33,7 @@ pub use error::Error;
 use crate::agent::AgentError;
 use crate::machine::{Machine, SandboxOptions};
 use crate::parked::Parked;
+use crate::spec::HostTmpfs;
 use crate::state::StateFile;
 use coffer_proto::ids::ContainerId;
 use events::{SandboxState, TaskEvent};
@@ -75,6 +76,8 @@ struct Shared {
     hooks: Mutex<BTreeMap<ContainerId, Arc<ContainerHooks>>>,
     /// The pod's network namespace where it came with a process that stands for a container.
     netns: OnceLock<File>,
+    /// The host's tmpfs whose part the guest's /dev/shm plays: that of the first container which has one.
+    shared_memory: OnceLock<HostTmpfs>,
 }
 
 /// The pod's network namespace where nobody made one before the pod.
@@ -121,6 +124,7 @@ impl Sandbox {
                 own_network: OnceLock::new(),
                 hooks: Mutex::default(),
                 netns: OnceLock::new(),
+                shared_memory: OnceLock::new(),
             }),
         }
     }

@@ -1,24 +1,26 @@
 //! Bind mounts: which of them the share shows to the guest, and which mean the guest's own.
 
-use super::{SpecError, field};
+use super::{GuestSpec, SharedMemory, SpecError, field};
 use crate::mirror;
 use crate::share::IdMap;
 use coffer_proto::ids::ContainerId;
-use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR};
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use coffer_proto::limits::MIRROR_DIR;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use oci_spec::runtime::{Linux, Mount, Spec};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Host directories of kernel file systems: a container that binds them wants its own kernel's, which is the guest's.
 const KERNEL_FILE_SYSTEMS: [&str; 3] = ["/proc", "/sys", "/dev"];
 
-/// Where POSIX shared memory is.
-const GUEST_SHM: &str = "/dev/shm";
+/// Options of a bind mount that a file system of the guest in its place has too.
+pub(super) const KEPT_OPTIONS: [&str; 5] = ["ro", "rw", "nosuid", "nodev", "noexec"];
 
-/// A host directory or file which the share has to show at its index.
+/// A host directory or file which the share has to show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
+    /// In the spec's mounts.
     pub index: usize,
     pub source: PathBuf,
     pub read_only: bool,
@@ -28,14 +30,23 @@ pub struct Bind {
     pub mirrored: bool,
 }
 
-/// Turns a bind mount of the host into one of the share. None for mounts that the guest makes by itself.
+/// What became of a mount of the spec.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// The guest makes it by itself.
+    Guests,
+    Volume(Bind),
+    SharedMemory(SharedMemory),
+}
+
+/// Turns a bind mount of the host into one of the guest.
 pub(super) fn take(
     mount: &mut Mount,
     i: usize,
     id: &ContainerId,
     bundle: &Path,
     user: &IdMap,
-) -> Result<Option<Bind>, SpecError> {
+) -> Result<Taken, SpecError> {
     if !mount.destination().is_absolute() {
         return field(
             format!("mounts[{i}].destination"),
@@ -46,7 +57,7 @@ pub(super) fn take(
     let options = mount.options().clone().unwrap_or_default();
     let has = |names: &[&str]| options.iter().any(|o| names.contains(&o.as_str()));
     if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
-        return Ok(None);
+        return Ok(Taken::Guests);
     }
     let Some(source) = mount.source() else {
         return field(
@@ -57,9 +68,8 @@ pub(super) fn take(
     };
     let name = format!("mounts[{i}].source");
     let source = bundle.join(source);
-    if is_shared_memory(mount, &source) {
-        mount.set_source(Some(GUEST_SHM.into()));
-        return Ok(None);
+    if let Some(memory) = SharedMemory::of(mount, i, &source) {
+        return Ok(Taken::SharedMemory(memory));
     }
     if KERNEL_FILE_SYSTEMS
         .iter()
@@ -79,6 +89,10 @@ pub(super) fn take(
             "is a device; devices of the host are not passed into the VM",
         );
     }
+    if let Some(page_size) = huge_page_size(&source) {
+        make_huge_pages(mount, &meta, page_size);
+        return Ok(Taken::Guests);
+    }
     // The last of "ro" and "rw" wins, as in mount(8).
     let read_only = options
         .iter()
@@ -87,13 +101,10 @@ pub(super) fn take(
         .is_some_and(|o| o != "rw");
     let idmap = take_idmap(mount, user);
     let mirrored = read_only && idmap.is_none() && mirror::is_for(&source);
-    let in_guest = if mirrored {
-        format!("{MIRROR_DIR}/{id}/{i}")
-    } else {
-        format!("{SHARE_DIR}/{id}/mounts/{i}")
-    };
-    mount.set_source(Some(PathBuf::from(in_guest)));
-    Ok(Some(Bind {
+    if mirrored {
+        mount.set_source(Some(format!("{MIRROR_DIR}/{id}/{i}").into()));
+    }
+    Ok(Taken::Volume(Bind {
         index: i,
         source,
         read_only,
@@ -102,12 +113,35 @@ pub(super) fn take(
     }))
 }
 
-/// The shared memory of a pod: a tmpfs named `shm`, which containerd, CRI-O and podman make on the host for all its containers. In the
-/// VM that is the guest's; the host's, through file sharing, would not be one memory for two containers.
-fn is_shared_memory(mount: &Mount, source: &Path) -> bool {
-    mount.destination() == Path::new(GUEST_SHM)
-        && source.file_name().is_some_and(|name| name == "shm")
-        && statfs(source).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
+/// Bytes of the pages of a hugetlbfs, which an engine mounts for an emptyDir of medium HugePages.
+fn huge_page_size(source: &Path) -> Option<u64> {
+    let found = statfs(source).ok()?;
+    let size = u64::try_from(found.block_size()).ok()?;
+    (found.filesystem_type() == HUGETLBFS_MAGIC).then_some(size)
+}
+
+/// Such pages are memory of the guest: it gets a hugetlbfs with the same owner.
+fn make_huge_pages(mount: &mut Mount, meta: &fs::Metadata, page_size: u64) {
+    let mut options = mount.options().clone().unwrap_or_default();
+    options.retain(|option| KEPT_OPTIONS.contains(&option.as_str()));
+    options.push(format!("pagesize={page_size}"));
+    options.push(format!("mode={:o}", meta.mode() & 0o7777));
+    options.push(format!("uid={}", meta.uid()));
+    options.push(format!("gid={}", meta.gid()));
+    mount
+        .set_typ(Some("hugetlbfs".into()))
+        .set_source(Some("nodev".into()))
+        .set_options(Some(options));
+}
+
+impl GuestSpec {
+    /// Says where the share shows a volume.
+    pub fn place_volume(&mut self, bind: &Bind, path: String) {
+        let mounts = self.spec.mounts_mut().as_mut();
+        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(bind.index)) {
+            mount.set_source(Some(path.into()));
+        }
+    }
 }
 
 /// The mappings of the container's user namespace.
@@ -146,9 +180,9 @@ fn take_idmap(mount: &mut Mount, user: &IdMap) -> Option<IdMap> {
 }
 
 /// A bind from the host's /proc, /sys or /dev means the guest's own, which must be a directory or plain file there.
-fn keep_in_guest(name: &str, source: &Path) -> Result<Option<Bind>, SpecError> {
+fn keep_in_guest(name: &str, source: &Path) -> Result<Taken, SpecError> {
     match fs::metadata(source) {
-        Ok(meta) if meta.is_dir() || meta.is_file() => Ok(None),
+        Ok(meta) if meta.is_dir() || meta.is_file() => Ok(Taken::Guests),
         Ok(_) => field(
             name,
             source.display().to_string(),

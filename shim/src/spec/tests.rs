@@ -39,7 +39,7 @@ fn the_host_side_is_taken_out() {
         c["hostname"] = json!("web");
     });
     let id = ContainerId::new("c1").unwrap();
-    let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    let mut guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
     assert_eq!(
         guest.binds,
         [Bind {
@@ -57,10 +57,12 @@ fn the_host_side_is_taken_out() {
     assert_eq!(guest.cgroup, CgroupPath::parse("/a/b").ok());
     assert_eq!(guest.hostname.as_deref(), Some("web"));
     assert_eq!(guest.host_hooks.prestart.len(), 1);
+    let shown = "/run/coffer/share/.volumes/7";
+    guest.place_volume(&guest.binds[0].clone(), shown.to_owned());
 
-    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     assert_eq!(spec["root"]["path"], "/run/coffer/share/c1/rootfs");
-    assert_eq!(spec["mounts"][1]["source"], "/run/coffer/share/c1/mounts/1");
+    assert_eq!(spec["mounts"][1]["source"], shown);
     assert_eq!(spec["mounts"][2]["source"], "/dev/shm");
     assert_eq!(
         spec["linux"]["namespaces"],
@@ -87,12 +89,19 @@ fn the_pods_shared_memory_is_the_guests() {
         "a directory of that name is a volume"
     );
     let none = nix::mount::MsFlags::empty();
-    nix::mount::mount(Some("tmpfs"), &shm, Some("tmpfs"), none, None::<&str>).unwrap();
-    let guest = guest(&bundle);
+    nix::mount::mount(Some("tmpfs"), &shm, Some("tmpfs"), none, Some("size=3m")).unwrap();
+    let mut guest = guest(&bundle);
     nix::mount::umount(&shm).unwrap();
     assert!(guest.binds.is_empty());
-    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     assert_eq!(spec["mounts"][0]["source"], "/dev/shm");
+    assert_eq!(guest.shared_memory.unwrap().bytes, 3 << 20);
+
+    guest.keep_shared_memory_apart();
+    assert!(guest.shared_memory.is_none());
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
+    let own = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["mode=1777", "size=3145728"]});
+    assert_eq!(spec["mounts"][0], own);
 }
 
 #[test]
@@ -118,7 +127,7 @@ fn id_mappings_of_mounts_are_the_hosts_to_make() {
     assert_eq!((&named.uids, &named.gids), (&option.uids, &option.gids));
     assert_eq!(named.uids[0].host_id(), 100_000);
     assert!(option.recursive && !named.recursive);
-    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     assert_eq!(spec["mounts"][0]["uidMappings"], Value::Null);
     assert_eq!(spec["mounts"][1]["options"], json!(["rbind"]));
     assert_eq!(spec["linux"]["uidMappings"], mapping);
@@ -135,7 +144,7 @@ fn another_containers_pid_namespace_is_found_by_its_path() {
         guest.pid_namespace.as_deref(),
         Some(Path::new("/proc/7/ns/pid"))
     );
-    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     let left = spec["linux"]["namespaces"].as_array().unwrap();
     assert!(left.iter().all(|namespace| namespace["type"] != "pid"));
 }
@@ -145,10 +154,11 @@ fn devices_of_the_host_are_refused_or_left_out_of_a_privileged_container() {
     let devices = json!([
         {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
         {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+        {"path": "/dev/nvram", "type": "c", "major": 10, "minor": 144},
     ]);
     let error = refused(|c| c["linux"]["devices"] = devices.clone());
     assert!(
-        error.contains("linux.devices[1].path") && error.contains("/dev/sda"),
+        error.contains("linux.devices[2].path") && error.contains("/dev/nvram"),
         "{error}"
     );
     let dir = bundle(|c| {
@@ -157,10 +167,63 @@ fn devices_of_the_host_are_refused_or_left_out_of_a_privileged_container() {
     });
     let id = ContainerId::new("c").unwrap();
     let guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
-    let spec: Value = serde_json::from_slice(&guest.json).unwrap();
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     let left = spec["linux"]["devices"].as_array().unwrap();
     assert_eq!(left.len(), 1);
     assert_eq!(left[0]["path"], "/dev/fuse");
+    assert!(guest.block_devices.is_empty());
+}
+
+#[test]
+fn block_devices_are_as_writable_as_the_last_rule_says_and_get_the_guests_numbers() {
+    let device =
+        |path: &str, minor: u32| json!({"path": path, "type": "b", "major": 8, "minor": minor});
+    let rule = |allow: bool, minor: i64, access: &str| json!({"allow": allow, "type": "b", "major": 8, "minor": minor, "access": access});
+    let dir = bundle(|c| {
+        c["linux"]["devices"] = json!([
+            device("/dev/a", 0),
+            device("/dev/b", 16),
+            device("/dev/c", 32),
+            device("/dev/d", 48)
+        ]);
+        c["linux"]["resources"] = json!({"devices": [
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "access": "m"},
+            rule(true, 0, "rwm"), rule(true, 16, "rm"), rule(true, 32, "rwm"), rule(false, 32, "w"),
+            {"allow": true, "type": "c", "major": 8, "minor": 0, "access": "rw"},
+        ]});
+    });
+    let id = ContainerId::new("c").unwrap();
+    let mut guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    let found: Vec<_> = guest
+        .block_devices
+        .iter()
+        .map(|d| (d.number.minor, d.read_only))
+        .collect();
+    assert_eq!(found, [(0, false), (16, true), (32, true), (48, true)]);
+
+    // Numbers of the host and the guest may be the same, for other devices.
+    let number = |major, minor| DeviceNumber { major, minor };
+    guest.renumber_block_devices(&[
+        (number(8, 0), number(8, 16)),
+        (number(8, 16), number(254, 0)),
+    ]);
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
+    let numbers = |list: &Value| -> Vec<(i64, i64)> {
+        let number = |entry: &Value| {
+            (
+                entry["major"].as_i64().unwrap_or(-1),
+                entry["minor"].as_i64().unwrap_or(-1),
+            )
+        };
+        list.as_array().unwrap().iter().map(number).collect()
+    };
+    assert_eq!(
+        numbers(&spec["linux"]["devices"]),
+        [(8, 16), (254, 0), (8, 32), (8, 48)]
+    );
+    let rules = numbers(&spec["linux"]["resources"]["devices"]);
+    assert_eq!(rules[2..], [(8, 16), (254, 0), (8, 32), (8, 32), (8, 0)]);
 }
 
 #[test]
@@ -175,7 +238,7 @@ fn labels_of_the_host_do_not_reach_the_guest() {
     let guest = Bundle::load(dir.path())
         .and_then(|bundle| bundle.for_guest(&ContainerId::new("c").unwrap()))
         .unwrap();
-    let json = String::from_utf8(guest.json).unwrap();
+    let json = String::from_utf8(guest.to_json()).unwrap();
     assert!(
         !json.contains("system_u") && !json.contains("apparmor"),
         "{json}"

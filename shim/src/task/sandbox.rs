@@ -264,6 +264,7 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
             memory_limit_in_bytes: linux.resources.memory_limit_in_bytes,
         },
         sysctls: linux.sysctls,
+        block_devices: Vec::new(),
     })
 }
 

@@ -70,6 +70,11 @@ mod alone {
     fn volumes_are_mounted() {
         run(volumes::volumes);
     }
+
+    #[test]
+    fn block_volumes_are_devices() {
+        run(volumes::block_device);
+    }
 }
 
 mod together {
@@ -95,6 +100,7 @@ mod together {
         resources::limits_and_their_change(&node);
         security::security_contexts(&node);
         volumes::volumes(&node);
+        volumes::block_device(&node);
     }
 
     #[test]

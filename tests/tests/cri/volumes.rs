@@ -2,6 +2,8 @@
 
 use crate::{APP, COFFER};
 use coffer_tests::cri::Node;
+use coffer_tests::cri::pod::refusal;
+use coffer_tests::loop_device::LoopDevice;
 use coffer_tests::{host, wait_for};
 use serde_json::{Value, json};
 use std::fs;
@@ -120,4 +122,25 @@ pub fn volumes(node: &Node<'_>) {
         fs::read_to_string(tree.join("sub/path/file")).unwrap(),
         "belowchanged\n"
     );
+}
+
+/// A raw block volume (`volumeDevices`), which comes after the pod's first container. QEMU has no place for it then.
+pub fn block_device(node: &Node<'_>) {
+    let disk = LoopDevice::new(node.test, "disk");
+    let pod = node.pod(COFFER, "block", json!({}));
+    let devices =
+        json!([{"host_path": disk.name(), "container_path": "/dev/data", "permissions": "mrw"}]);
+    let config = json!({"devices": devices});
+    if node.test.hypervisor() != "coffer-vmm" {
+        let message = refusal(pod.try_sh("app", APP, config));
+        assert!(
+            message.contains("/dev/data") && message.contains("QEMU"),
+            "{message}"
+        );
+        return;
+    }
+    let app = pod.sh("app", APP, config);
+    app.sh("echo of the pod | dd of=/dev/data bs=4k seek=5 conv=notrunc,fsync");
+    assert_eq!(disk.read(5 * 4096, 11), b"of the pod\n");
+    app.remove();
 }

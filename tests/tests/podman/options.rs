@@ -110,6 +110,12 @@ fn options_of_run_shape_the_container() {
                 "cat /proc/sys/net/ipv4/ip_default_ttl",
                 "99",
             ),
+            case(
+                "size of /dev/shm",
+                &["--shm-size", "3m"],
+                "df -k /dev/shm | tail -1 | awk '{print $2}'",
+                "3072",
+            ),
             case("further group", &["--group-add", "2000"], "id -G", "0 2000"),
             case(
                 "device",

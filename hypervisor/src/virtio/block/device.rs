@@ -18,10 +18,13 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::epoll::EventSet;
 
+/// Device type of a slot without a device.
+const PLACE_HOLDER: u32 = 0;
 /// Bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
 const CONFIG: usize = 57;
 
-/// A disk. Without a file it is an empty slot: capacity 0, to be filled by [`VirtioDevice::set_backend`].
+/// A disk. Without a file it is an empty slot, to be filled by [`VirtioDevice::set_backend`]: a place holder, whose device type
+/// is 0 (virtio 1.2, 4.2.2 `DeviceID`). Drivers pass over it until they are told to look again.
 #[derive(Debug)]
 pub struct Block {
     id: [u8; ID_BYTES],
@@ -69,14 +72,10 @@ impl Block {
     /// Makes `file` the disk's content.
     fn point(&mut self, file: Option<OwnedFd>) -> Result<(), BlockError> {
         let file = file.map(File::from);
-        if let Some(file) = &file
-            && !self.read_only
+        if let Some(file) = file.as_ref().filter(|_| !self.read_only)
+            && !is_writable(file)?
         {
-            let flags =
-                fcntl(file, FcntlArg::F_GETFL).map_err(|error| BlockError::Size(error.into()))?;
-            if OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
-                return Err(BlockError::NotWritable);
-            }
+            return Err(BlockError::NotWritable);
         }
         self.sectors = file.as_ref().map_or(Ok(0), capacity)?;
         self.file = file.map(Arc::new);
@@ -164,6 +163,11 @@ impl Block {
     }
 }
 
+fn is_writable(file: &File) -> Result<bool, BlockError> {
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|error| BlockError::Mode(error.into()))?;
+    Ok(OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDWR)
+}
+
 /// Whole sectors of a file or a block device.
 fn capacity(mut file: &File) -> Result<u64, BlockError> {
     file.seek(SeekFrom::End(0))
@@ -173,7 +177,11 @@ fn capacity(mut file: &File) -> Result<u64, BlockError> {
 
 impl VirtioDevice for Block {
     fn kind(&self) -> u32 {
-        VIRTIO_ID_BLOCK
+        if self.file.is_some() {
+            VIRTIO_ID_BLOCK
+        } else {
+            PLACE_HOLDER
+        }
     }
 
     fn features(&self) -> u64 {
@@ -226,10 +234,18 @@ impl VirtioDevice for Block {
         }
     }
 
-    /// Another file, or none, becomes the content; requests in flight finish on the old one. The guest sees the
-    /// capacity change.
+    /// A slot that is empty becomes a disk, read-only where its file was opened so; one that is not becomes empty, and requests
+    /// in flight finish on the old file. A driver that holds on to an empty slot sees a disk of capacity 0.
     fn set_backend(&mut self, backend: Option<OwnedFd>) -> Result<(), DeviceError> {
-        self.point(backend).map_err(DeviceError::fatal)?;
+        let file = backend.map(File::from);
+        if file.is_some() && self.file.is_some() {
+            return Err(DeviceError::fatal(BlockError::Taken));
+        }
+        if let Some(file) = &file {
+            self.read_only = !is_writable(file).map_err(DeviceError::fatal)?;
+        }
+        let file = file.map(OwnedFd::from);
+        self.point(file).map_err(DeviceError::fatal)?;
         if let Some(active) = &self.active {
             active.interrupt.signal_config();
         }

@@ -58,6 +58,10 @@ pub enum BlockError {
     LongSerial(String),
     #[error("can't tell the size of the disk file")]
     Size(#[source] io::Error),
+    #[error("can't tell how the disk file was opened")]
+    Mode(#[source] io::Error),
+    #[error("the slot has a disk already")]
+    Taken,
     #[error("the disk is writable but its file was opened read-only")]
     NotWritable,
     #[error("can't make the disk's worker")]

@@ -408,6 +408,7 @@ fn a_reset_leaves_nothing_in_flight() {
 #[test]
 fn an_empty_slot_gets_a_file_and_another() {
     let mut block = Block::new("slot", None, false).unwrap();
+    assert_eq!(block.kind(), 0);
     let mut driver = Driver::new(&block);
     driver.activate(&mut block, 0).unwrap();
     let capacity = |block: &Block| {
@@ -427,10 +428,34 @@ fn an_empty_slot_gets_a_file_and_another() {
         request(&mut block, &mut driver, &header(IN, 1), 512).1,
         [2; 512]
     );
-    let read_only = File::open("/dev/zero").unwrap();
-    assert!(block.set_backend(Some(read_only.into())).is_err());
+    assert!(block.set_backend(Some(image().into())).is_err());
+    assert_eq!(block.kind(), 2);
     block.set_backend(None).unwrap();
-    assert_eq!(capacity(&block), 0);
+    assert_eq!((capacity(&block), block.kind()), (0, 0));
+}
+
+#[test]
+fn a_slot_is_as_writable_as_its_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SECTORS * SECTOR).unwrap();
+    let mut block = Block::new("slot", None, false).unwrap();
+    let read_only_bit = 1 << 5;
+    let sector = [&header(OUT, 1)[..], &[7; 512]].concat();
+    let cases = [
+        (File::open(file.path()).unwrap(), IO_ERROR),
+        (file.reopen().unwrap(), OK),
+    ];
+    for (opened, expected) in cases {
+        block.set_backend(Some(opened.into())).unwrap();
+        assert_eq!(block.features() & read_only_bit != 0, expected == IO_ERROR);
+        // A driver that writes all the same.
+        let mut driver = Driver::new(&block);
+        driver.activate(&mut block, 0).unwrap();
+        assert_eq!(status(&mut block, &mut driver, &sector, 0), expected);
+        block.set_backend(None).unwrap();
+        block.reset();
+    }
+    assert_eq!(content(file.as_file())[512..1024], [7; 512]);
 }
 
 #[test]
