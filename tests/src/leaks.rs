@@ -19,7 +19,7 @@ const GONE_WITHIN: Duration = Duration::from_secs(10);
 pub struct Before {
     links: BTreeSet<String>,
     assets: BTreeSet<PathBuf>,
-    open_files: usize,
+    open_files: Vec<PathBuf>,
 }
 
 impl Before {
@@ -96,11 +96,15 @@ fn find(before: &Before, name: &str, root: &Path) -> Result<Vec<String>> {
             path.display()
         )
     }));
-    if open_files() > before.open_files {
-        left.push(format!(
-            "open files of the test: {} more than before",
-            open_files() - before.open_files
-        ));
+    let mut new = open_files();
+    if new.len() > before.open_files.len() {
+        for file in &before.open_files {
+            if let Some(at) = new.iter().position(|open| open == file) {
+                new.swap_remove(at);
+            }
+        }
+        let told = |file: PathBuf| format!("open file of the test: {}", file.display());
+        left.extend(new.into_iter().map(told));
     }
     Ok(left)
 }
@@ -136,10 +140,14 @@ fn links() -> BTreeSet<String> {
         .collect()
 }
 
-fn open_files() -> usize {
+/// What this process has open, as far as it has a name.
+fn open_files() -> Vec<PathBuf> {
     fs::read_dir("/proc/self/fd")
-        .map(Iterator::count)
-        .unwrap_or_default()
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .collect()
 }
 
 fn reap() {
