@@ -80,7 +80,7 @@ fn life_of_a_pod(node: &Node<'_>, handler: &str) -> Phases {
     phases
 }
 
-/// Resident memory of the pod's processes on the host.
+/// Resident memory of the pod's processes on the host. Memory of the guest, which coffer-fsd has mapped too, is shared and the VM's.
 fn print_memory() {
     for (program, promised) in [
         ("containerd-shim-coffer-v2", SHIM_MIB),
@@ -90,9 +90,12 @@ fn print_memory() {
         let pids = pids.into_iter();
         for pid in pids.filter(|pid| leaks::command_line(*pid).contains(program)) {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-            let kib = resident.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-            let kib = kib.expect("a running process has memory");
+            let resident = |kind: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(kind));
+                let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+                kib.expect("a running process has memory")
+            };
+            let kib = resident("RssAnon:") + resident("RssFile:");
             println!("{program:>28} {:6.1} MiB resident", kib as f64 / 1024.0);
             assert!(
                 kib <= promised * 1024,
