@@ -43,14 +43,14 @@ fn heavy_fifty_pods_in_a_row() {
 /// Names of the phases with the time that each took.
 type Phases = Vec<(&'static str, Duration)>;
 
-fn life_of_a_pod(node: &Node<'_>, handler: &str) -> Phases {
+fn life_of_a_pod(node: &Node<'_>, handler: &str, name: &str) -> Phases {
     let mut phases = Phases::new();
     let mut since = Instant::now();
     let mut done = |name| {
         phases.push((name, since.elapsed()));
         since = Instant::now();
     };
-    let pod = node.pod(handler, &format!("timed-{handler}"), json!({}));
+    let pod = node.pod(handler, name, json!({}));
     done("pod from image");
     let script = format!("echo up; {APP}");
     let one = pod.sh("one", &script, json!({}));
@@ -111,8 +111,10 @@ fn heavy_phases_of_a_pod_beside_runc() {
     let test = Test::new("criphases");
     let node = Node::start(&test);
     // The first pod of each kind warms the page cache.
-    let [_, _, runc, coffer] =
-        ["runc", COFFER, "runc", COFFER].map(|handler| life_of_a_pod(&node, handler));
+    for handler in ["runc", COFFER] {
+        life_of_a_pod(&node, handler, "warm");
+    }
+    let [runc, coffer] = ["runc", COFFER].map(|handler| life_of_a_pod(&node, handler, "timed"));
     println!(
         "{:<16} {:>9} {:>9} {:>7}",
         "phase", "runc", "coffer", "ratio"
