@@ -308,12 +308,13 @@ impl Sandbox {
         let prepared = self.prepare_exec(&machine, &key, process, &new.stdio).await;
         if let Err(error) = prepared {
             let error = self.explain(error).await;
-            let forgotten = key.clone();
-            let _ = self.change(move |pod| pod.forget(&forgotten)).await;
             let _ = machine.agent.delete_process(&key).await;
+            // Last: from here on another one may have its name.
+            let _ = self.change(move |pod| pod.forget(&key)).await;
             return Err(error);
         }
-        prepared
+        self.watch_process(&machine, key);
+        Ok(())
     }
 
     async fn prepare_exec(

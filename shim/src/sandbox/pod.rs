@@ -41,8 +41,6 @@ pub struct Container {
     pub execs: BTreeMap<ExecId, Process>,
     /// Somebody was told that it hit its memory limit.
     oom_told: bool,
-    /// A delete is under way; a second one finds nothing.
-    deleting: bool,
 }
 
 /// All the pod's state.
@@ -177,7 +175,6 @@ impl Pod {
             init: Process::new(stdio),
             execs: BTreeMap::new(),
             oom_told: false,
-            deleting: false,
         };
         self.containers.insert(id.clone(), container);
         self.idle_since = None;
@@ -298,6 +295,19 @@ impl Pod {
     pub fn start_failed(&mut self, key: &ProcessKey, exit: Exit) {
         if let Ok(process) = self.process_mut(key) {
             process.stop(exit);
+        }
+    }
+
+    /// Starting → Created: it was killed before the agent could let it run. Its end is told as that of one which never ran.
+    pub fn ended_unstarted(&mut self, key: &ProcessKey) {
+        let Ok(process) = self.process_mut(key) else {
+            return;
+        };
+        if process.state == ProcessState::Starting {
+            process.state = ProcessState::Created;
+            if let Some(exit) = process.early_exit.take() {
+                self.exited(key, exit);
+            }
         }
     }
 
@@ -427,24 +437,28 @@ impl Pod {
     /// A process that exists and is not being deleted.
     pub fn process(&self, key: &ProcessKey) -> Result<&Process, Error> {
         let container = self.container(&key.container)?;
-        match &key.exec {
-            None => Ok(&container.init),
-            Some(exec) => container
-                .execs
-                .get(exec)
-                .ok_or_else(|| Error::NotFound(key.clone())),
-        }
+        let process = match &key.exec {
+            None => Some(&container.init),
+            Some(exec) => container.execs.get(exec),
+        };
+        process
+            .filter(|process| !process.deleting)
+            .ok_or_else(|| Error::NotFound(key.clone()))
     }
 
     pub fn process_mut(&mut self, key: &ProcessKey) -> Result<&mut Process, Error> {
-        process_of(self.container_mut(&key.container)?, key)
+        let process = process_of(self.container_mut(&key.container)?, key)?;
+        if process.deleting {
+            return Err(Error::NotFound(key.clone()));
+        }
+        Ok(process)
     }
 
     pub fn container(&self, id: &ContainerId) -> Result<&Container, Error> {
         let found = self
             .containers
             .get(id)
-            .filter(|container| !container.deleting);
+            .filter(|container| !container.init.deleting);
         found.ok_or_else(|| Error::NotFound(ProcessKey::init(id.clone())))
     }
 
@@ -452,7 +466,7 @@ impl Pod {
         let found = self
             .containers
             .get_mut(id)
-            .filter(|container| !container.deleting);
+            .filter(|container| !container.init.deleting);
         found.ok_or_else(|| Error::NotFound(ProcessKey::init(id.clone())))
     }
 

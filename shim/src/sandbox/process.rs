@@ -104,6 +104,8 @@ pub struct Process {
     pub(super) io: Option<ProcessIo>,
     /// The end came while the start was under way: it is told after the start.
     pub(super) early_exit: Option<Exit>,
+    /// A delete is under way; every other caller finds nothing.
+    pub(super) deleting: bool,
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -115,6 +117,7 @@ impl Process {
             stdio,
             io: None,
             early_exit: None,
+            deleting: false,
             exit,
         }
     }

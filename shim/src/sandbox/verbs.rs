@@ -33,14 +33,22 @@ impl Sandbox {
             self.serve_names(&machine, &key.container).await;
         }
         crash::point("start.begun");
-        if let Err(error) = machine.agent.start_process(&key).await {
-            let error = self.explain(error.into()).await;
-            return Err(self.start_failed(key, error).await);
+        match machine.agent.start_process(&key).await {
+            Ok(_) => {}
+            Err(AgentError::Refused {
+                code: ttrpc::Code::FAILED_PRECONDITION,
+                ..
+            }) => {
+                let ended = key.clone();
+                self.change(move |pod| pod.ended_unstarted(&ended)).await?;
+                return Err(Error::Finished(key));
+            }
+            Err(error) => {
+                let error = self.explain(error.into()).await;
+                return Err(self.start_failed(key, error).await);
+            }
         }
         crash::point("start.in-guest");
-        if key.exec.is_some() {
-            self.watch_process(&machine, key.clone());
-        }
         let started = key.clone();
         let pid = self.apply(move |pod| pod.started(&started)).await?;
         if key.exec.is_none() {
@@ -88,8 +96,9 @@ impl Sandbox {
         let deadly = signal == libc::SIGKILL.unsigned_abs() && key.exec.is_none();
         match machine.agent.signal_process(&key, signal, all).await {
             Ok(()) => {}
+            // It has ended in the guest; here that is known when its output has been passed on.
             Err(AgentError::Refused {
-                code: ttrpc::Code::NOT_FOUND,
+                code: ttrpc::Code::NOT_FOUND | ttrpc::Code::FAILED_PRECONDITION,
                 ..
             }) => return Err(Error::Finished(key)),
             Err(AgentError::Deadline { .. }) if deadly => {

@@ -113,11 +113,8 @@ impl Pod {
                 });
             }
         }
-        let io = process.io.take();
-        if key.exec.is_none() {
-            self.container_mut(&key.container)?.deleting = true;
-        }
-        Ok(io)
+        process.deleting = true;
+        Ok(process.io.take())
     }
 
     /// Takes a deleted process out; gives its end.

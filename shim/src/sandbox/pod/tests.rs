@@ -183,6 +183,43 @@ fn an_end_before_the_start_was_told_comes_after_it() {
 }
 
 #[test]
+fn what_is_killed_before_the_agent_lets_it_run_has_ended_and_never_started() {
+    let init = key("c", None);
+    for told_first in [true, false] {
+        let mut rig = Rig::with_container();
+        rig.pod.begin_start(&init).unwrap();
+        if told_first {
+            rig.pod.exited(&init, exit(137));
+            rig.pod.ended_unstarted(&init);
+        } else {
+            rig.pod.ended_unstarted(&init);
+            rig.pod.exited(&init, exit(137));
+        }
+        assert_eq!(rig.told(), ["create c", "exit c 137"]);
+    }
+}
+
+#[test]
+fn an_exec_that_is_being_deleted_can_be_neither_started_nor_deleted_again() {
+    let mut rig = Rig::running();
+    let exec = rig.exec("e");
+    rig.pod.begin_delete(&exec).unwrap();
+    let refusals = [
+        rig.pod.begin_start(&exec).unwrap_err(),
+        rig.pod.begin_delete(&exec).unwrap_err(),
+        rig.pod.check_signal(&exec).unwrap_err(),
+    ];
+    assert!(
+        refusals
+            .iter()
+            .all(|error| error.code() == ttrpc::Code::NOT_FOUND)
+    );
+    rig.told();
+    rig.pod.deleted(&exec).unwrap();
+    assert_eq!(rig.told(), ["exit e 137", "delete e 137"]);
+}
+
+#[test]
 fn execs_end_before_their_init() {
     let mut rig = Rig::running();
     let exec = rig.exec("e");
@@ -391,6 +428,7 @@ enum Step {
     Created(u8),
     Start(u8),
     Started(u8),
+    EndedUnstarted(u8),
     Exited(u8),
     Delete(u8),
     Deleted(u8),
@@ -407,6 +445,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => one.clone().prop_map(Step::Created),
         4 => one.clone().prop_map(Step::Start),
         4 => one.clone().prop_map(Step::Started),
+        1 => one.clone().prop_map(Step::EndedUnstarted),
         3 => one.clone().prop_map(Step::Exited),
         2 => one.clone().prop_map(Step::Delete),
         2 => one.clone().prop_map(Step::Deleted),
@@ -436,6 +475,7 @@ proptest! {
                 }
                 Step::Start(n) => drop(rig.pod.begin_start(&init(n))),
                 Step::Started(n) => drop(rig.pod.started(&init(n))),
+                Step::EndedUnstarted(n) => rig.pod.ended_unstarted(&init(n)),
                 Step::Exited(n) => {
                     if rig.pod.process(&init(n)).is_ok_and(|p| p.state() != ProcessState::Creating) {
                         rig.pod.exited(&init(n), exit(0));
