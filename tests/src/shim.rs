@@ -6,9 +6,11 @@ use crate::{Finished, Test, finish_with_input, product};
 use async_trait::async_trait;
 use containerd_shim_protos::Client;
 use containerd_shim_protos::api::{Empty, ForwardRequest};
+use containerd_shim_protos::events::task as events;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_sync::SandboxClient;
+use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::ttrpc::asynchronous::{Server, TtrpcContext};
 use std::fs;
@@ -47,15 +49,66 @@ impl std::fmt::Debug for Shim<'_> {
 struct EventTaker {
     runtime: Runtime,
     _server: Server,
-    topics: Arc<Mutex<Vec<String>>>,
+    events: Arc<Mutex<Vec<TaskEvent>>>,
 }
 
-struct Recorder(Arc<Mutex<Vec<String>>>);
+/// An event as containerd gets it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskEvent {
+    pub topic: String,
+    pub container: String,
+    /// Empty for the container's init.
+    pub exec: String,
+}
+
+impl TaskEvent {
+    fn of(envelope: &Envelope) -> Self {
+        let topic = envelope.topic.clone();
+        let (container, exec) = match topic.rsplit('/').next().unwrap_or_default() {
+            "exec-added" => {
+                let event = message::<events::TaskExecAdded>(envelope);
+                (event.container_id, event.exec_id)
+            }
+            "exec-started" => {
+                let event = message::<events::TaskExecStarted>(envelope);
+                (event.container_id, event.exec_id)
+            }
+            "exit" => {
+                let mut event = message::<events::TaskExit>(envelope);
+                // An init process is named by its container.
+                if event.id == event.container_id {
+                    event.id.clear();
+                }
+                (event.container_id, event.id)
+            }
+            "delete" => {
+                let event = message::<events::TaskDelete>(envelope);
+                (event.container_id, event.id)
+            }
+            // In all others the container comes first.
+            _ => (
+                message::<events::TaskPaused>(envelope).container_id,
+                String::new(),
+            ),
+        };
+        Self {
+            topic,
+            container,
+            exec,
+        }
+    }
+}
+
+fn message<M: Message>(envelope: &Envelope) -> M {
+    M::parse_from_bytes(&envelope.event.value).expect("an event of containerd's")
+}
+
+struct Recorder(Arc<Mutex<Vec<TaskEvent>>>);
 
 impl EventTaker {
     fn start(socket: &Path) -> Self {
-        let topics: Arc<Mutex<Vec<String>>> = Arc::default();
-        let recorder = Arc::new(Recorder(topics.clone()));
+        let events: Arc<Mutex<Vec<TaskEvent>>> = Arc::default();
+        let recorder = Arc::new(Recorder(events.clone()));
         let runtime = Runtime::new().expect("threads can be made");
         let server = runtime.block_on(async {
             let mut server = Server::new()
@@ -68,7 +121,7 @@ impl EventTaker {
         Self {
             runtime,
             _server: server,
-            topics,
+            events,
         }
     }
 }
@@ -76,8 +129,8 @@ impl EventTaker {
 #[async_trait]
 impl Events for Recorder {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let mut topics = self.0.lock().expect("no holder panics");
-        topics.push(request.envelope.topic.clone());
+        let event = TaskEvent::of(&request.envelope);
+        self.0.lock().expect("no holder panics").push(event);
         Ok(Empty::new())
     }
 }
@@ -192,10 +245,15 @@ impl<'t> Shim<'t> {
         SandboxClient::new(Client::connect(&self.address).expect("the shim serves"))
     }
 
+    /// The events so far.
+    pub fn events(&self) -> Vec<TaskEvent> {
+        let taker = self.events.as_ref().expect("until it is dropped");
+        taker.events.lock().expect("no holder panics").clone()
+    }
+
     /// Topics of the events so far.
     pub fn topics(&self) -> Vec<String> {
-        let events = self.events.as_ref().expect("until it is dropped");
-        events.topics.lock().expect("no holder panics").clone()
+        self.events().into_iter().map(|event| event.topic).collect()
     }
 
     /// `delete`, as containerd calls it when the shim is gone.

@@ -55,6 +55,32 @@ impl Task {
         Ok(self.client.create(Self::context(), &request)?.pid)
     }
 
+    /// Prepares a process in a container, without streams.
+    pub fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        command: &[&str],
+        terminal: bool,
+    ) -> ttrpc::Result<()> {
+        let process = serde_json::json!({
+            "args": command, "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"],
+        });
+        let spec = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+            value: process.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = api::ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            spec: Some(spec).into(),
+            terminal,
+            ..Default::default()
+        };
+        self.client.exec(Self::context(), &request).map(drop)
+    }
+
     /// Starts a container, or one of its execs.
     pub fn start(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = api::StartRequest {
@@ -91,8 +117,14 @@ impl Task {
     }
 
     pub fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+        self.kill_process(id, "", signal)
+    }
+
+    /// Signals a container's init, or one of its execs.
+    pub fn kill_process(&self, id: &str, exec: &str, signal: u32) -> ttrpc::Result<()> {
         let request = api::KillRequest {
             id: id.into(),
+            exec_id: exec.into(),
             signal,
             ..Default::default()
         };

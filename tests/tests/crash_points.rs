@@ -5,8 +5,7 @@ use coffer_tests::bundle::Bundle;
 use coffer_tests::shim::Shim;
 use coffer_tests::task::Task;
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::protobuf::Message;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -23,18 +22,7 @@ fn live(task: &Task, bundle: &str, mounts: Vec<api::Mount>) -> ttrpc::Result<()>
     };
     task.client().create(Task::context(), &create)?;
     task.start("c", "")?;
-    let process =
-        json!({"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"]});
-    let exec = api::ExecProcessRequest {
-        id: "c".into(),
-        exec_id: "e".into(),
-        spec: MessageField::some(Any {
-            value: process.to_string().into_bytes(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    task.client().exec(Task::context(), &exec)?;
+    task.exec("c", "e", &["true"], false)?;
     task.start("c", "e")?;
     task.wait("c", "e")?;
     task.kill("c", 9)?;
