@@ -32,6 +32,15 @@ impl Bundle {
         Self { dir, config }
     }
 
+    /// Makes it a further container of a sandbox, with the annotations that containerd's CRI plugin writes.
+    pub fn in_sandbox(mut self, sandbox: &str) -> Self {
+        self.config["annotations"] = json!({
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": sandbox,
+        });
+        self
+    }
+
     /// Writes the config; gives the directory for `--bundle`.
     pub fn write(&self) -> &str {
         fs::write(self.dir.join("config.json"), self.config.to_string()).expect("scratch is ours");

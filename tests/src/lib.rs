@@ -9,7 +9,8 @@
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
 //!
 //! The callers that tests take the place of: [`cri`] a kubelet, [`shim`] and [`task`] containerd, [`conmon`] and [`oci`] an engine or its
-//! monitor; [`podman`] runs the real one. [`bundle`] is what they run, [`schema`] the form of what they get.
+//! monitor; [`podman`] runs the real one. [`bundle`] is what they run, [`pod`] a sandbox with several of them, [`schema`]
+//! the form of what they get.
 
 pub mod bundle;
 pub mod conmon;
@@ -18,6 +19,7 @@ pub mod docker;
 pub mod leaks;
 pub mod loop_device;
 pub mod oci;
+pub mod pod;
 pub mod podman;
 pub mod schema;
 pub mod shim;

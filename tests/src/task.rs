@@ -116,6 +116,7 @@ impl Task {
         self.client.update(Self::context(), &request).map(drop)
     }
 
+    /// Sends a signal to a container's init process.
     pub fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
         self.kill_process(id, "", signal)
     }
@@ -126,6 +127,17 @@ impl Task {
             id: id.into(),
             exec_id: exec.into(),
             signal,
+            ..Default::default()
+        };
+        self.client.kill(Self::context(), &request).map(drop)
+    }
+
+    /// Signals every process of a container.
+    pub fn kill_all(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = api::KillRequest {
+            id: id.into(),
+            signal,
+            all: true,
             ..Default::default()
         };
         self.client.kill(Self::context(), &request).map(drop)

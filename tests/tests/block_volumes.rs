@@ -2,12 +2,11 @@
 
 use coffer_tests::bundle::Bundle;
 use coffer_tests::loop_device::{LoopDevice, SIZE};
-use coffer_tests::task::Task;
-use coffer_tests::{Background, Test, host};
+use coffer_tests::pod::Pod;
+use coffer_tests::{Test, host};
 use nix::sys::stat::{major, minor, stat};
 use serde_json::json;
 use std::fs;
-use std::path::PathBuf;
 
 /// Where the containers have the device.
 const DEVICE: &str = "/dev/xvda";
@@ -144,53 +143,11 @@ fn a_device_that_the_host_has_not_is_named() {
     assert!(done.stderr.contains(expected), "{}", done.stderr);
 }
 
-/// A pod with a first container that has no device.
-struct Pod<'t> {
-    test: &'t Test,
-    sandbox: Background<'t>,
-    task: Task,
-}
-
-impl<'t> Pod<'t> {
-    fn new(test: &'t Test) -> Self {
-        let sandbox = test.background(&[], &["sleep", "600"]);
-        let task = Task::connect(&test.root(), &sandbox.id).unwrap();
-        Self {
-            test,
-            sandbox,
-            task,
-        }
-    }
-
-    fn container(&self, script: &str) -> Bundle {
-        let mut bundle = Bundle::new(self.test, script);
-        bundle.config["annotations"] = json!({
-            "io.kubernetes.cri.container-type": "container",
-            "io.kubernetes.cri.sandbox-id": self.sandbox.id,
-        });
-        bundle
-    }
-
-    fn with_disk(&self, script: &str, disk: &LoopDevice) -> Bundle {
-        let mut bundle = self.container(script);
-        give(disk, &mut bundle, DEVICE, "rwm");
-        bundle
-    }
-
-    fn start(&self, id: &str, bundle: &Bundle) -> ttrpc::Result<PathBuf> {
-        let out = self.test.dir().join(format!("{id}.out"));
-        fs::write(&out, "").unwrap();
-        self.task
-            .create(id, bundle.write(), out.to_str().unwrap())?;
-        self.task.start(id, "")?;
-        Ok(out)
-    }
-
-    fn end(&self, id: &str) -> u32 {
-        let status = self.task.wait(id, "").unwrap();
-        self.task.delete(id, "").unwrap();
-        status
-    }
+/// A container of the pod that has the disk.
+fn with_disk(pod: &Pod<'_>, script: &str, disk: &LoopDevice) -> Bundle {
+    let mut bundle = pod.bundle(script);
+    give(disk, &mut bundle, DEVICE, "rwm");
+    bundle
 }
 
 /// More containers, one after the other, than the VM has places for disks; and two that have the same disk.
@@ -202,7 +159,8 @@ fn disks_come_and_go_with_the_containers_of_a_pod() {
         .map(|n| LoopDevice::new(&test, &format!("disk{n}")))
         .collect();
     let hold = |n: usize| {
-        pod.with_disk(
+        with_disk(
+            &pod,
             "echo $0 | dd of=/dev/xvda conv=notrunc,fsync 2>/dev/null; sleep 600",
             &disks[n],
         )
@@ -223,7 +181,7 @@ fn disks_come_and_go_with_the_containers_of_a_pod() {
             "echo round {round} | dd of=/dev/xvda bs=4k seek={offset} conv=notrunc 2>/dev/null; ls -d /sys/block/vd*"
         );
         let (id, disk) = (format!("round{round}"), &disks[round as usize % 2]);
-        let out = pod.start(&id, &pod.with_disk(&script, disk)).unwrap();
+        let out = pod.start(&id, &with_disk(&pod, &script, disk)).unwrap();
         assert_eq!(pod.end(&id), 0);
         assert_eq!(
             disk.read(offset * 4096, 8),
@@ -234,8 +192,7 @@ fn disks_come_and_go_with_the_containers_of_a_pod() {
         assert_eq!(seen.lines().count(), 1 + round as usize % 2, "{seen}");
     }
     assert_eq!(pod.sandbox.sh("ls -d /sys/block/vd*").lines().count(), 1);
-    pod.task.kill("first", 9).unwrap();
-    assert_eq!(pod.end("first"), 137);
+    pod.kill("first");
     assert_eq!(
         pod.sandbox.sh("ls -d /sys/block/vd* 2>/dev/null | wc -l"),
         "0"
@@ -262,7 +219,7 @@ fn a_container_without_a_free_place_for_its_disk_is_refused_and_leaves_nothing()
         return;
     }
     let pod = Pod::new(&test);
-    let mut greedy = pod.container("true");
+    let mut greedy = pod.bundle("true");
     give_all(&mut greedy);
     let error = pod.start("greedy", &greedy).unwrap_err().to_string();
     assert!(
@@ -273,7 +230,6 @@ fn a_container_without_a_free_place_for_its_disk_is_refused_and_leaves_nothing()
         pod.sandbox.sh("ls -d /sys/block/vd* 2>/dev/null | wc -l"),
         "0"
     );
-    pod.start("modest", &pod.with_disk("true", &disks[4]))
-        .unwrap();
-    assert_eq!(pod.end("modest"), 0);
+    let modest = with_disk(&pod, "true", &disks[4]);
+    assert_eq!(pod.run("modest", &modest).0, 0);
 }

@@ -333,25 +333,27 @@ fn the_death_of_the_supervisor_is_cleaned_up_by_delete() {
     containerd.remove("c");
 }
 
+/// Options of `ctr run` for the first container of the pod named "pod", and for the others.
+const POD: [&str; 4] = [
+    "--annotation",
+    "io.kubernetes.cri.container-type=sandbox",
+    "--annotation",
+    "io.kubernetes.cri.sandbox-id=pod",
+];
+const MEMBER: [&str; 4] = [
+    "--annotation",
+    "io.kubernetes.cri.container-type=container",
+    "--annotation",
+    "io.kubernetes.cri.sandbox-id=pod",
+];
+
 #[test]
 fn containers_of_a_pod_run_in_one_vm() {
     let test = Test::new("ctrpod");
     let containerd = Containerd::start(&test);
-    let sandbox = [
-        "--annotation",
-        "io.kubernetes.cri.container-type=sandbox",
-        "--annotation",
-        "io.kubernetes.cri.sandbox-id=pod",
-    ];
-    let member = [
-        "--annotation",
-        "io.kubernetes.cri.container-type=container",
-        "--annotation",
-        "io.kubernetes.cri.sandbox-id=pod",
-    ];
-    containerd.run_detached(&sandbox, "pod", &["sleep", "600"]);
+    containerd.run_detached(&POD, "pod", &["sleep", "600"]);
     containerd.run_detached(
-        &member,
+        &MEMBER,
         "app",
         &["sh", "-c", "nc -ll -p 7777 -e cat & sleep 600"],
     );
@@ -389,15 +391,10 @@ fn containers_of_a_pod_run_in_one_vm() {
 fn a_container_joins_the_processes_of_the_one_whose_pid_it_names() {
     let test = Test::new("ctrpid");
     let containerd = Containerd::start(&test);
-    let sandbox = "io.kubernetes.cri.container-type=sandbox";
-    let container = "io.kubernetes.cri.container-type=container";
-    let of = |kind| {
-        let pod = "io.kubernetes.cri.sandbox-id=pod";
-        ["--annotation", kind, "--annotation", pod]
-    };
-    containerd.run_detached(&of(sandbox), "pod", &["sleep", "600"]);
-    containerd.run_detached(&of(container), "one", &["sleep", "601"]);
-    containerd.run_detached(&of(container), "two", &["sleep", "602"]);
+    containerd.run_detached(&POD, "pod", &["sleep", "600"]);
+    for (id, argument) in [("one", "601"), ("two", "602")] {
+        containerd.run_detached(&MEMBER, id, &["sleep", argument]);
+    }
     let pid = |id: &str| {
         let list = containerd.ok(&["tasks", "ls"]);
         let line = list
@@ -411,7 +408,7 @@ fn a_container_joins_the_processes_of_the_one_whose_pid_it_names() {
         let namespace = format!("pid:/proc/{}/ns/pid", pid(target));
         let run = [
             &["run", "--rm", "--runtime", RUNTIME, "--with-ns", &namespace],
-            &of(container)[..],
+            &MEMBER[..],
             &[IMAGE, "debugger", "cat", "/proc/1/cmdline"],
         ];
         assert_eq!(containerd.ok(&run.concat()), format!("sleep\0{argument}\0"));

@@ -8,10 +8,7 @@ use std::fs;
 
 /// Runs a script as another container of the sandbox; gives its exit status and what it printed.
 fn another(test: &Test, task: &Task, sandbox: &str, id: &str, script: &str) -> (u32, String) {
-    let mut bundle = Bundle::new(test, script);
-    bundle.config["annotations"] = json!({
-        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": sandbox,
-    });
+    let mut bundle = Bundle::new(test, script).in_sandbox(sandbox);
     bundle.config["hostname"] = json!("pod");
     let out = test.dir().join(format!("{id}.out"));
     nix::unistd::mkfifo(&out, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -73,10 +70,7 @@ fn the_task_api_answers_as_containerd_expects() {
         refused(task.kill("nobody", 9)),
         Some(ttrpc::Code::NOT_FOUND)
     );
-    let mut bundle = Bundle::new(&test, "true");
-    bundle.config["annotations"] = json!({
-        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": sandbox.id,
-    });
+    let bundle = Bundle::new(&test, "true").in_sandbox(&sandbox.id);
     let again = task.create(&sandbox.id, bundle.write(), "").map(drop);
     assert_eq!(refused(again), Some(ttrpc::Code::ALREADY_EXISTS));
     assert_eq!(

@@ -45,15 +45,12 @@ fn pod_config(pid: NamespaceMode) -> Any {
 
 /// A container of a pod without a pause container, with the namespaces that containerd's CRI plugin writes.
 fn member(test: &Test, pid: u32, script: &str) -> Bundle {
-    let mut bundle = Bundle::new(test, script);
+    let mut bundle = Bundle::new(test, script).in_sandbox("pod");
     let path = |name: &str| format!("/proc/{pid}/ns/{name}");
     bundle.config["linux"]["namespaces"] = json!([
         {"type": "pid", "path": path("pid")}, {"type": "ipc", "path": path("ipc")}, {"type": "uts", "path": path("uts")},
         {"type": "network", "path": path("net")}, {"type": "mount"}, {"type": "cgroup"},
     ]);
-    bundle.config["annotations"] = json!({
-        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod",
-    });
     if let Some(config) = bundle.config.as_object_mut() {
         config.remove("hostname");
     }

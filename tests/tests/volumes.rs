@@ -1,71 +1,20 @@
 //! What the kubelet mounts into the containers of a pod, as the guest sees it.
 
 use coffer_tests::bundle::Bundle;
-use coffer_tests::task::Task;
-use coffer_tests::{Background, Test, asset, host};
+use coffer_tests::pod::Pod;
+use coffer_tests::{Test, asset, host};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// A container of the pod that runs a script with these mounts, which the test reads by its standard output.
-struct Pod<'t> {
-    test: &'t Test,
-    sandbox: Background<'t>,
-    task: Task,
-    /// Of all containers but the first: a copy, as mount points are made in it.
-    rootfs: PathBuf,
-}
-
-impl<'t> Pod<'t> {
-    fn new(test: &'t Test) -> Self {
-        let sandbox = test.background(&[], &["sleep", "600"]);
-        let task = Task::connect(&test.root(), &sandbox.id).unwrap();
-        Self {
-            test,
-            sandbox,
-            task,
-            rootfs: test.copy_of("busybox"),
-        }
+/// A container of the pod that runs a script with these mounts.
+fn bundle(pod: &Pod<'_>, script: &str, mounts: &[Value]) -> Bundle {
+    let mut bundle = pod.bundle(script);
+    for mount in mounts {
+        bundle.push("/mounts", mount.clone());
     }
-
-    /// A container's bundle, which the caller may change.
-    fn bundle(&self, script: &str, mounts: &[Value]) -> Bundle {
-        let mut bundle = Bundle::on(self.test, &self.rootfs, &["/bin/sh", "-c", script]);
-        bundle.config["annotations"] = json!({
-            "io.kubernetes.cri.container-type": "container",
-            "io.kubernetes.cri.sandbox-id": self.sandbox.id,
-        });
-        for mount in mounts {
-            bundle.push("/mounts", mount.clone());
-        }
-        bundle
-    }
-
-    /// Starts it; its output goes to a file.
-    fn start(&self, id: &str, bundle: &Bundle) -> PathBuf {
-        let out = self.test.dir().join(format!("{id}.out"));
-        fs::write(&out, "").unwrap();
-        self.task
-            .create(id, bundle.write(), out.to_str().unwrap())
-            .unwrap();
-        self.task.start(id, "").unwrap();
-        out
-    }
-
-    /// Runs it to its end; gives status and output.
-    fn run(&self, id: &str, bundle: &Bundle) -> (u32, String) {
-        let out = self.start(id, bundle);
-        let status = self.task.wait(id, "").unwrap();
-        self.task.delete(id, "").unwrap();
-        (status, fs::read_to_string(out).unwrap())
-    }
-
-    fn end(&self, id: &str) {
-        self.task.kill(id, 9).unwrap();
-        assert_eq!(self.task.wait(id, "").unwrap(), 137);
-        self.task.delete(id, "").unwrap();
-    }
+    bundle
 }
 
 fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
@@ -113,8 +62,8 @@ fn a_config_map_that_is_swapped_is_seen() {
     symlink("..data/key", volume.join("key")).unwrap();
     let script = "cat /config/key; until grep -q second /config/key; do sleep 0.1; done; cat /config/key; \
                   touch /config/x";
-    let bundle = pod.bundle(script, &[bind(&volume, "/config", &["ro"])]);
-    let out = pod.start("reader", &bundle);
+    let bundle = bundle(&pod, script, &[bind(&volume, "/config", &["ro"])]);
+    let out = pod.start("reader", &bundle).unwrap();
     coffer_tests::wait_for("the first version", || {
         fs::read_to_string(&out).unwrap().contains("first")
     });
@@ -141,7 +90,8 @@ fn single_files_and_memory_are_volumes() {
     let script = "cat /v/memory/host; echo guest > /v/memory/guest; cat /direct/guest; cat /sub/f; \
         dd if=/dev/zero of=/direct/big bs=64k count=32 2>/dev/null || echo full; \
         echo why > /dev/termination-log";
-    let bundle = pod.bundle(
+    let bundle = bundle(
+        &pod,
         script,
         &[
             bind(&volume, "/v", &["rw"]),
@@ -165,7 +115,7 @@ fn recursive_read_only_holds_below() {
     fs::create_dir_all(&volume).unwrap();
     let _below = Tmpfs::new(&below, "1m");
     let script = "touch /v/a 2>/dev/null || echo no; touch /v/below/a 2>/dev/null || echo no";
-    let bundle = pod.bundle(script, &[bind(&volume, "/v", &["rro"])]);
+    let bundle = bundle(&pod, script, &[bind(&volume, "/v", &["rro"])]);
     assert_eq!(pod.run("rro", &bundle), (0, "no\nno\n".to_owned()));
     assert!(!below.join("a").exists());
 }
@@ -179,12 +129,13 @@ fn shared_memory_is_one_for_the_pod() {
     let other = test.dir().join("other/shm");
     let _other = Tmpfs::new(&other, "2m");
     let with = |shm: &Path, script: &str| {
-        let mut bundle = pod.bundle(script, &[bind(shm, "/dev/shm", &["rw"])]);
+        let mut bundle = bundle(&pod, script, &[bind(shm, "/dev/shm", &["rw"])]);
         let all = bundle.config["mounts"].as_array_mut().unwrap();
         all.retain(|mount| mount["destination"] != "/dev/shm" || mount["type"] == "bind");
         bundle
     };
-    pod.start("writer", &with(&shm, "echo shared > /dev/shm/x; sleep 600"));
+    pod.start("writer", &with(&shm, "echo shared > /dev/shm/x; sleep 600"))
+        .unwrap();
     let size = "df -k /dev/shm | awk 'END {print $2}'";
     let reader = format!(
         "until test -s /dev/shm/x; do sleep 0.1; done; cat /dev/shm/x; df /dev/shm | grep -c virtiofs; {size}"
@@ -194,7 +145,7 @@ fn shared_memory_is_one_for_the_pod() {
     let stranger = format!("ls /dev/shm | wc -l; {size}; stat -c %a /dev/shm");
     let (_, output) = pod.run("stranger", &with(&other, &stranger));
     assert_eq!(output, "0\n2048\n1777\n");
-    pod.end("writer");
+    pod.kill("writer");
     assert_eq!(fs::read_dir(&shm).unwrap().count(), 0);
 }
 
@@ -206,23 +157,23 @@ fn a_volume_of_two_containers_is_one_file_system() {
     fs::create_dir_all(&volume).unwrap();
     fs::write(volume.join("open"), "").unwrap();
     // Busybox has no flock(1).
-    let bundle = |script: &str| {
-        let mut bundle = pod.bundle(script, &[bind(&volume, "/mnt", &["rw"])]);
+    let on_debian = |script: &str| {
+        let mut bundle = bundle(&pod, script, &[bind(&volume, "/mnt", &["rw"])]);
         bundle.config["root"]["path"] = json!(asset("debian"));
         bundle
     };
     let holder = "exec 3< /mnt/open; flock /mnt/lock sh -c 'touch /mnt/locked; sleep 600' & until test -s /mnt/open; do sleep 0.1; done
         cat <&3; touch /mnt/seen; sleep 600";
-    let out = pod.start("holder", &bundle(holder));
+    let out = pod.start("holder", &on_debian(holder)).unwrap();
     let other =
         "until test -e /mnt/locked; do sleep 0.1; done; flock -n /mnt/lock true || echo locked
         echo written >> /mnt/open; until test -e /mnt/seen; do sleep 0.1; done";
-    let (status, output) = pod.run("other", &bundle(other));
+    let (status, output) = pod.run("other", &on_debian(other));
     assert_eq!((status, output.as_str()), (0, "locked\n"));
     assert_eq!(fs::read_to_string(out).unwrap(), "written\n");
     // The one that is left keeps it.
-    pod.end("holder");
-    let (_, output) = pod.run("third", &bundle("cat /mnt/open"));
+    pod.kill("holder");
+    let (_, output) = pod.run("third", &on_debian("cat /mnt/open"));
     assert_eq!(output, "written\n");
 }
 
@@ -232,7 +183,7 @@ fn a_container_joins_the_processes_of_another_and_restarts_in_place() {
     let pod = Pod::new(&test);
     let first = pod.task.state(&pod.sandbox.id, "").unwrap().pid;
     for _ in 0..2 {
-        let mut debugger = pod.bundle("cat /proc/1/comm; ps | grep -c '[s]leep 600'", &[]);
+        let mut debugger = pod.bundle("cat /proc/1/comm; ps | grep -c '[s]leep 600'");
         let namespaces = debugger.config["linux"]["namespaces"]
             .as_array_mut()
             .unwrap();
@@ -261,7 +212,7 @@ fn a_user_namespace_has_id_mapped_volumes() {
     mount["gidMappings"] = mapping.clone();
     let script =
         "cat /proc/self/uid_map | tr -s ' '; stat -c %u /v/roots; touch /v/new; stat -c %u /v/new";
-    let mut bundle = pod.bundle(script, &[mount]);
+    let mut bundle = bundle(&pod, script, &[mount]);
     bundle.config["linux"]["uidMappings"] = mapping.clone();
     bundle.config["linux"]["gidMappings"] = mapping;
     bundle.push("/linux/namespaces", json!({"type": "user"}));
@@ -283,9 +234,9 @@ fn cpus_come_and_go_with_the_limits() {
         });
     };
     has(1);
-    let mut bundle = pod.bundle("sleep 600", &[]);
+    let mut bundle = pod.bundle("sleep 600");
     bundle.config["linux"]["resources"]["cpu"] = json!({"quota": 200_000, "period": 100_000});
-    pod.start("busy", &bundle);
+    pod.start("busy", &bundle).unwrap();
     has(2);
     let less = json!({"cpu": {"quota": 50_000, "period": 100_000}});
     pod.task.update("busy", &less).unwrap();
@@ -293,6 +244,6 @@ fn cpus_come_and_go_with_the_limits() {
     let more = json!({"cpu": {"quota": 150_000, "period": 100_000}});
     pod.task.update("busy", &more).unwrap();
     has(2);
-    pod.end("busy");
+    pod.kill("busy");
     has(1);
 }

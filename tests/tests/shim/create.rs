@@ -21,8 +21,7 @@ fn output_goes_to_files_and_to_loggers() {
     let shim = Shim::start(&test, &bundle.dir, "pod");
     let task = shim.task();
     let run = |id: &str, stdout: &str| {
-        let mut bundle = Bundle::new(&test, "echo out; echo err >&2; exit 4");
-        bundle.config["annotations"] = json!({"io.kubernetes.cri.sandbox-id": "pod"});
+        let bundle = Bundle::new(&test, "echo out; echo err >&2; exit 4").in_sandbox("pod");
         task.create(id, bundle.write(), stdout).unwrap();
         task.start(id, "").unwrap();
         assert_eq!(task.wait(id, "").unwrap(), 4);

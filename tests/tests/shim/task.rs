@@ -155,32 +155,22 @@ fn pids_are_real(task: &Task) {
 }
 
 fn kill_tells_who_is_there(task: &Task) {
-    let kill = |id: &str, exec: &str, signal: u32, all: bool| {
-        let (id, exec_id) = process(id, exec);
-        let request = api::KillRequest {
-            id,
-            exec_id,
-            signal,
-            all,
-            ..Default::default()
-        };
-        let killed = task.client().kill(Task::context(), &request);
-        killed.err().and_then(|error| code_of(&error))
-    };
+    let told = |killed: ttrpc::Result<()>| killed.err().and_then(|error| code_of(&error));
     assert_eq!(
-        kill("c", "", 0, false),
+        told(task.kill("c", 0)),
         None,
         "signal 0 asks whether it lives"
     );
-    assert_eq!(kill("c", "", 0, true), None);
+    assert_eq!(told(task.kill_all("c", 0)), None);
+    let (not_found, invalid) = (Some(Code::NOT_FOUND), Some(Code::INVALID_ARGUMENT));
     assert_eq!(
-        kill("c", "e", 15, false),
-        Some(Code::NOT_FOUND),
+        told(task.kill_process("c", "e", 15)),
+        not_found,
         "it has ended"
     );
-    assert_eq!(kill("c", "f", 15, false), Some(Code::NOT_FOUND));
-    assert_eq!(kill("d", "", 0, false), Some(Code::NOT_FOUND));
-    assert_eq!(kill("c", "", 65, false), Some(Code::INVALID_ARGUMENT));
+    assert_eq!(told(task.kill_process("c", "f", 15)), not_found);
+    assert_eq!(told(task.kill("d", 0)), not_found);
+    assert_eq!(told(task.kill("c", 65)), invalid);
 }
 
 #[test]
