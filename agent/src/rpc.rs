@@ -26,9 +26,9 @@ use coffer_proto::agent::{
     StatGuestResponse, UpdateContainerRequest, WaitProcessResponse,
 };
 use coffer_proto::agent_ttrpc::Agent;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use oci_spec::runtime;
-use std::fmt::Write as _;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -347,7 +347,7 @@ where
     T: serde::de::DeserializeOwned + serde::Serialize,
 {
     container::parse(json)
-        .map_err(|error| invalid(&format!("the {field} of {id}: {}", one_line(&error))))
+        .map_err(|error| invalid(&format!("the {field} of {id}: {}", chain(&error))))
 }
 
 fn invalid(message: &str) -> RpcError {
@@ -356,7 +356,7 @@ fn invalid(message: &str) -> RpcError {
 
 fn status(error: impl Into<SandboxError>) -> RpcError {
     let error = error.into();
-    let mut status = get_status(code(&error), one_line(&error));
+    let mut status = get_status(code(&error), chain(&error));
     if let SandboxError::Process(ProcessError::Start { cause, .. })
     | SandboxError::Container { cause, .. } = &error
         && let container::Error::Exec { kind, .. } = cause
@@ -413,17 +413,6 @@ fn container_code(error: &container::Error) -> Code {
         container::Error::Exec { .. } => Code::ABORTED,
         container::Error::Step { .. } => Code::INTERNAL,
     }
-}
-
-/// An error with its chain of causes.
-pub fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let _ = write!(line, ": {error}");
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@
 use crate::forward;
 use crate::process::ProcessId;
 use crate::resolver;
-use crate::rpc::one_line;
 use crate::sandbox::Sandbox;
+use coffer_proto::error_chain::chain;
 use coffer_proto::limits::STREAM_PORT;
 use coffer_proto::stream::{ATTACHED, Hello, MAX_HELLO, REFUSED, Stream};
 use std::io;
@@ -100,12 +100,12 @@ where
         Ok(Asked::Stdio(process, stream)) => (process, stream),
         Ok(Asked::Forward(to)) => return forward::serve(connection, to).await,
         Ok(Asked::Resolve(at)) => return resolver::serve(connection, at).await,
-        Err(error) => return refuse(connection, one_line(&error)).await,
+        Err(error) => return refuse(connection, chain(&error)).await,
     };
     match sandbox.attach(&process, stream) {
         // An error means that the host closed its end: the pipe closes with it, and the writer gets its SIGPIPE.
         Ok(end) => drop(end.carry(&mut connection).await),
-        Err(error) => refuse(connection, one_line(&error)).await,
+        Err(error) => refuse(connection, chain(&error)).await,
     }
 }
 

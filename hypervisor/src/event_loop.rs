@@ -12,6 +12,7 @@ use crate::vcpu::Wanted;
 use crate::virtio::DeviceError;
 use crate::virtio::mmio::{Transport, Work};
 use crate::virtio::slot::Slot;
+use coffer_proto::error_chain::chain;
 use coffer_proto::limits::BOOT_PHASE_AGENT_READY;
 use coffer_proto::vmm::{ControlError, Event, Exit, Files, Reply, Request};
 use std::fmt;
@@ -208,7 +209,7 @@ impl EventLoop {
             Err(ControlError::Closed) => return Some(Exit::Stopped),
             Err(error) => {
                 return Some(Exit::Failed {
-                    message: crate::chain(&error),
+                    message: chain(&error),
                 });
             }
         };
@@ -216,17 +217,17 @@ impl EventLoop {
             Request::Boot(_) => failed("the VM is booted already"),
             Request::AttachTap { slot, tap } => match files.take(tap) {
                 Ok(tap) => self.set_backend(Which::Network(slot), Some(tap)),
-                Err(error) => failed(&crate::chain(&error)),
+                Err(error) => failed(&chain(&error)),
             },
             Request::DetachTap { slot } => self.set_backend(Which::Network(slot), None),
             Request::AttachDisk { slot, file } => match files.take(file) {
                 Ok(file) => self.set_backend(Which::Disk(slot), Some(file)),
-                Err(error) => failed(&crate::chain(&error)),
+                Err(error) => failed(&chain(&error)),
             },
             Request::DetachDisk { slot } => self.set_backend(Which::Disk(slot), None),
             Request::ResizeMemory { mib } => match self.machine.resize_memory(mib) {
                 Ok(()) => Reply::Done,
-                Err(error) => failed(&crate::chain(&error)),
+                Err(error) => failed(&chain(&error)),
             },
             Request::Pause if self.pausing.is_some() => failed("a pause is under way"),
             Request::Pause => {
@@ -265,7 +266,7 @@ impl EventLoop {
             Ok(()) => None,
             Err(ControlError::Closed) => Some(Exit::Stopped),
             Err(error) => Some(Exit::Failed {
-                message: crate::chain(&error),
+                message: chain(&error),
             }),
         }
     }
@@ -285,7 +286,7 @@ impl EventLoop {
         let watched = self.watch(slot, &mut transport);
         match (result, watched) {
             (Ok(()), Ok(())) => Reply::Done,
-            (Err(error), _) => failed(&crate::chain(&error)),
+            (Err(error), _) => failed(&chain(&error)),
             (_, Err(error)) => failed(&format!("{which} can't be watched: {error}")),
         }
     }
@@ -385,14 +386,14 @@ impl EventLoop {
             Err(error @ DeviceError::Hostile(_)) => {
                 if self.told < TOLD_FAULTS {
                     self.told += 1;
-                    crate::report(&format!("{}: {}", shared.name, crate::chain(&error)));
+                    crate::report(&format!("{}: {}", shared.name, chain(&error)));
                 }
                 self.unwatch(slot);
                 transport.needs_reset();
                 None
             }
             Err(error) => Some(Exit::Failed {
-                message: format!("{}: {}", shared.name, crate::chain(&error)),
+                message: format!("{}: {}", shared.name, chain(&error)),
             }),
         }
     }

@@ -35,15 +35,3 @@ pub fn report(line: &str) {
     // A log that can't be written must not stop a VM.
     let _ = writeln!(std::io::stderr(), "coffer-vmm: {line}");
 }
-
-/// An error with all its causes, in one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
-}

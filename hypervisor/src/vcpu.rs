@@ -17,6 +17,7 @@ use crate::bus::Bus;
 use crate::cpuid;
 use crate::notice::{Notice, Notices};
 use crate::seccomp::{self, ThreadClass};
+use coffer_proto::error_chain::chain;
 use coffer_proto::vmm::Exit;
 use kvm_bindings::{CpuId, KVMIO, Msrs, kvm_msr_entry, kvm_pre_fault_memory, kvm_segment};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
@@ -241,7 +242,7 @@ impl Vcpu {
     fn thread(mut self, context: &VcpuContext, wish: &Wish) {
         if let Err(error) = seccomp::enter(ThreadClass::Vcpu) {
             let exit = Exit::Failed {
-                message: crate::chain(&error),
+                message: chain(&error),
             };
             context.notices.send(Notice::Finished {
                 vcpu: self.id,

@@ -4,9 +4,11 @@
 //! - [`stream`]: the handshake that opens a vsock connection as one stdio stream.
 //! - [`vmm`]: shim → hypervisor process, over an inherited socket.
 //! - [`cri`]: what Kubernetes says of a pod, passed on by containerd.
+//! - [`error_chain`]: an error with its causes, as one says it to another.
 //! - [`exec_failure`]: which exit status a program that can't be executed has, beside the error that says so.
 //! - [`ids`] and [`limits`]: names and bounds that both sides must agree on.
 
+pub mod error_chain;
 pub mod exec_failure;
 pub mod ids;
 pub mod limits;

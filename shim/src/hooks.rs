@@ -51,7 +51,10 @@ pub async fn run(kind: &'static str, hooks: &[Hook], state: &Value) -> Result<()
 pub async fn run_all(kind: &'static str, hooks: &[Hook], state: &Value) {
     for hook in hooks {
         if let Err(error) = run_one(kind, hook, state).await {
-            tracing::warn!(error = crate::vmm::chain(&error), "a hook failed");
+            tracing::warn!(
+                error = coffer_proto::error_chain::chain(&error),
+                "a hook failed"
+            );
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::machine::child::ProcessId;
 use crate::sandbox::Sandbox;
 use crate::sandbox::process::ProcessKey;
 use crate::state::StandIn;
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, ExecId, SandboxId};
 use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};

@@ -4,6 +4,7 @@
 //! not trusted more than the guest: a message out of order ends the connection, and with it the VM.
 
 use crate::machine::child::{Child, printable};
+use coffer_proto::error_chain::chain;
 use coffer_proto::limits::MAX_BOOT_PHASES;
 use coffer_proto::vmm::{
     ControlError, Event, Exit, FromVmm, Metrics, Reply, Request, VmConfig, receive, send,
@@ -106,10 +107,8 @@ impl Vmm {
         files: Vec<OwnedFd>,
         deadline: Duration,
     ) -> Result<(), VmmError> {
-        done(
-            self.call(Request::Boot(Box::new(config)), files, deadline)
-                .await?,
-        )
+        let request = Request::Boot(Box::new(config));
+        done(self.call(request, files, deadline).await?)
     }
 
     /// Gives network slot `slot` its tap.
@@ -118,13 +117,13 @@ impl Vmm {
             slot,
             tap: coffer_proto::vmm::FdIndex(0),
         };
-        done(self.call(request, vec![tap], REQUEST_DEADLINE).await?)
+        self.ask(request, vec![tap]).await
     }
 
     /// Takes the tap of network slot `slot` away.
     pub async fn detach_tap(&self, slot: u8) -> Result<(), VmmError> {
         let request = Request::DetachTap { slot };
-        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+        self.ask(request, Vec::new()).await
     }
 
     /// Asks the guest to have this much memory, which it does in its own time.
@@ -132,7 +131,7 @@ impl Vmm {
         // What it said to an earlier request counts no more.
         self.memory.send_replace(0);
         let request = Request::ResizeMemory { mib };
-        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+        self.ask(request, Vec::new()).await
     }
 
     /// Waits until the guest has at least this much memory. False: not within `limit`.
@@ -148,21 +147,19 @@ impl Vmm {
             slot,
             file: coffer_proto::vmm::FdIndex(0),
         };
-        done(self.call(request, vec![file], REQUEST_DEADLINE).await?)
+        self.ask(request, vec![file]).await
     }
 
     /// Empties disk slot `slot`.
     pub async fn detach_disk(&self, slot: u8) -> Result<(), VmmError> {
         let request = Request::DetachDisk { slot };
-        done(self.call(request, Vec::new(), REQUEST_DEADLINE).await?)
+        self.ask(request, Vec::new()).await
     }
 
     /// Counters of the VM.
     pub async fn metrics(&self) -> Result<Metrics, VmmError> {
-        match self
-            .call(Request::Metrics, Vec::new(), REQUEST_DEADLINE)
-            .await?
-        {
+        let answer = self.call(Request::Metrics, Vec::new(), REQUEST_DEADLINE);
+        match answer.await? {
             Reply::Metrics(metrics) => Ok(metrics),
             _ => Err(VmmError::WrongAnswer),
         }
@@ -170,11 +167,16 @@ impl Vmm {
 
     /// Ends the VM whatever the guest does.
     pub async fn stop(&self) -> Result<(), VmmError> {
-        match self.call(Request::Stop, Vec::new(), REQUEST_DEADLINE).await {
+        match self.ask(Request::Stop, Vec::new()).await {
             // The process may end before its answer is read.
             Err(VmmError::Gone(_)) => Ok(()),
-            other => done(other?),
+            answer => answer,
         }
+    }
+
+    /// A request that is answered with no more than that it is done.
+    async fn ask(&self, request: Request, files: Vec<OwnedFd>) -> Result<(), VmmError> {
+        done(self.call(request, files, REQUEST_DEADLINE).await?)
     }
 
     async fn call(
@@ -185,16 +187,12 @@ impl Vmm {
     ) -> Result<Reply, VmmError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            if self
-                .calls
-                .send(Call {
-                    request,
-                    files,
-                    reply,
-                })
-                .await
-                .is_err()
-            {
+            let call = Call {
+                request,
+                files,
+                reply,
+            };
+            if self.calls.send(call).await.is_err() {
                 return Err(VmmError::Gone(self.gone().await));
             }
             match answer.await {
@@ -362,20 +360,6 @@ fn reason(exit: Option<Exit>, broken: Option<String>, ended: &str) -> String {
         (None, Some(broken)) => format!("{broken}; {ended}"),
         (None, None) => ended.to_owned(),
     }
-}
-
-/// An error and its causes in one line. A cause whose text is in the text already is not repeated.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let next = cause.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = cause.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

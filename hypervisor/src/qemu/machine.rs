@@ -8,6 +8,7 @@ use super::vsock::{self, Served};
 use super::{Error, reply};
 use crate::ring::ConsoleRing;
 use crate::virtio::vsock::Muxer;
+use coffer_proto::error_chain::chain;
 use coffer_proto::limits::{BOOT_PHASE_AGENT_READY, HOME_PORT};
 use coffer_proto::vmm::{
     self, ControlError, Event, Exit, Files, FromVmm, Metrics, NicConfig, Reply, Request, VmConfig,
@@ -199,7 +200,7 @@ impl Machine {
                 reply(
                     control,
                     Reply::Failed {
-                        message: Error::from(error).line(),
+                        message: chain(&Error::from(error)),
                     },
                 )?;
                 return Ok(());
@@ -209,7 +210,7 @@ impl Machine {
         let answer = match self.carry_out(&request, files) {
             Ok(answer) => answer,
             Err(error) => Reply::Failed {
-                message: error.line(),
+                message: chain(&error),
             },
         };
         match reply(control, answer) {

@@ -21,9 +21,9 @@ mod process;
 mod qmp;
 mod vsock;
 
+use coffer_proto::error_chain::chain;
 use coffer_proto::vmm::{self, ControlError, Exit, Files, FromVmm, Reply, Request};
 use machine::Machine;
-use std::error::Error as _;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -70,17 +70,6 @@ impl Error {
             source: source.into(),
         }
     }
-
-    /// The whole chain of causes in one line.
-    fn line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            line += &format!(": {error}");
-            cause = error.source();
-        }
-        line
-    }
 }
 
 /// Serves one machine over `control` until it ended or the shim is gone.
@@ -98,7 +87,7 @@ pub fn run(control: &OwnedFd) -> Result<(), Error> {
             reply(
                 control,
                 Reply::Failed {
-                    message: error.line(),
+                    message: chain(&error),
                 },
             )?;
             return Err(error);

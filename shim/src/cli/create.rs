@@ -26,7 +26,7 @@ use crate::network::NamespaceId;
 use crate::sandbox::create::SANDBOX_ANNOTATIONS;
 use crate::spec::{Bind, Bundle, GuestSpec};
 use crate::state::{State, sandbox_in};
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};

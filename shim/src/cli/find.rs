@@ -4,7 +4,7 @@ use super::Error;
 use super::client::{Process, ProcessState, Task, TaskError};
 use crate::config::Config;
 use crate::state::{ContainerRecord, StandIn, State, Status, sandboxes};
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use std::path::{Path, PathBuf};
 

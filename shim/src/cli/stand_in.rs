@@ -22,7 +22,7 @@ use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::config::Config;
 use crate::lease::{Lease, Registration};
 use crate::state::{State, Status};
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};

@@ -11,7 +11,7 @@ use super::client::Task;
 use crate::cleanup;
 use crate::machine::SandboxOptions;
 use crate::supervise::supervise;
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::SandboxId;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};

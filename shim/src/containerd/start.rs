@@ -260,7 +260,7 @@ pub async fn serve() -> Result<(), StartError> {
     };
     let result: Result<(), StartError> = result.await;
     if let Err(error) = &result {
-        let _ = writeln!(io::stdout(), "{}", crate::vmm::chain(error));
+        let _ = writeln!(io::stdout(), "{}", coffer_proto::error_chain::chain(error));
     }
     result
 }

@@ -11,7 +11,8 @@
 use super::options::Hypervisor;
 use crate::agent::{Agent, AgentError};
 use crate::spec::{BlockDevice, DeviceNumber};
-use crate::vmm::{Vmm, VmmError, chain};
+use crate::vmm::{Vmm, VmmError};
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::MAX_DISKS;
 use nix::sys::stat::{major, minor};

@@ -9,7 +9,8 @@ use crate::io::{VSOCK_SOCKET, socket_in};
 use crate::network::{NetworkError, Nic};
 use crate::share::{Share, ShareError};
 use crate::state::{State, StateError, StateFile};
-use crate::vmm::{VmmError, chain};
+use crate::vmm::VmmError;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::SandboxId;
 use coffer_proto::limits::{GUEST_CID, HOME_PORT, MAX_VCPUS, SHARE_TAG};
 use coffer_proto::vmm::{

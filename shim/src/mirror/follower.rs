@@ -2,7 +2,7 @@
 
 use super::{MirrorError, Volume};
 use crate::agent::{Agent, AgentError};
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};

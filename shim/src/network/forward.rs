@@ -10,8 +10,8 @@
 use super::lookup::{self, LookupError, Taken};
 use super::{NetworkError, in_netns};
 use crate::io::Dialer;
-use crate::vmm::chain;
 use coffer_bpf::Link;
+use coffer_proto::error_chain::chain;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;

@@ -13,7 +13,7 @@ use crate::mount_points;
 use crate::parked::{Namespace, Parked};
 use crate::spec::{self, Bundle, GuestSpec};
 use crate::state::ContainerRecord;
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, ExecId};
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};

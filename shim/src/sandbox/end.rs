@@ -9,7 +9,7 @@ use crate::cleanup;
 use crate::crash;
 use crate::machine::{Death, Machine, Notice};
 use crate::state::{ExitRecord, Status};
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use std::fs;
 use std::path::Path;

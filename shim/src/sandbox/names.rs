@@ -4,7 +4,7 @@ use super::{Error, Sandbox};
 use crate::machine::Machine;
 use crate::network::DockersNames;
 use crate::spec::Bundle;
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use std::fs::File;
 use std::io::{self, Read};

@@ -3,7 +3,7 @@
 use super::process::{ProcessKey, ProcessState};
 use super::{Error, Sandbox};
 use crate::state::StandIn;
-use crate::vmm::chain;
+use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
 use std::fs::File;
 use std::os::fd::AsRawFd;

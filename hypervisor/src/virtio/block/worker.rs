@@ -5,6 +5,7 @@ use super::{BlockError, HEADER, ID_BYTES};
 use crate::seccomp::{self, ThreadClass};
 use crate::virtio::Memory;
 use crate::virtio::queue::Chain;
+use coffer_proto::error_chain::chain;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -70,7 +71,7 @@ impl Worker {
             .spawn(move || match seccomp::enter(ThreadClass::Disk) {
                 Ok(()) => serve(&inbox, &outbox, &signal, &stop),
                 // The first request finds the worker gone, and that ends the VM.
-                Err(error) => crate::report(&crate::chain(&error)),
+                Err(error) => crate::report(&chain(&error)),
             })
             .map_err(BlockError::Worker)?;
         Ok(Self {
