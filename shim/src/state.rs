@@ -150,12 +150,17 @@ impl State {
         }
     }
 
-    /// Why the VM ended, where a process with this exit status may have ended with it.
-    pub fn vm_died_under(&self, status: u32) -> Option<&str> {
+    /// Why the VM is gone; None before that.
+    pub fn stopped(&self) -> Option<&str> {
         match &self.status {
-            Status::Stopped { reason } if status == VM_DIED => Some(reason),
-            _ => None,
+            Status::Stopped { reason } => Some(reason),
+            Status::Creating | Status::Running => None,
         }
+    }
+
+    /// Why the VM is gone, where a process with this exit status may have ended with it.
+    pub fn vm_died_under(&self, status: u32) -> Option<&str> {
+        self.stopped().filter(|_| status == VM_DIED)
     }
 
     /// Reads the state of a sandbox; None when there is none.
@@ -214,7 +219,7 @@ pub fn sandbox_in(root: &Path, network: NamespaceId) -> Result<Option<SandboxId>
         // One that can't be read has its own error when it is asked for by name.
         State::load(root, id).ok().flatten().is_some_and(|state| {
             state.network == Some(network)
-                && !matches!(state.status, Status::Stopped { .. })
+                && state.stopped().is_none()
                 && state.supervisor.is_alive()
         })
     };

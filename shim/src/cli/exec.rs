@@ -15,7 +15,6 @@ use crate::config::Config;
 use crate::image::Root;
 use crate::lease::{Lease, Registration};
 use crate::spec::{Bundle, MAX_CONFIG_BYTES};
-use crate::state::State;
 use coffer_proto::ids::{ContainerId, ExecId};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -136,17 +135,10 @@ async fn foreground(
         Err(error) => tracing::debug!(%error, "exec not deleted"),
     }
     drop(lease);
-    let status = status.map_err(|error| match error {
-        Error::Task(error) => found.why_gone(error),
-        error => error,
-    })?;
-    let state = State::load(&config.root, &found.id).ok().flatten();
-    match state.and_then(|state| state.vm_died_under(status.into()).map(str::to_owned)) {
-        Some(reason) => Err(Error::Dead {
-            id: found.id.clone(),
-            reason,
-        }),
-        None => Ok(status),
+    match status {
+        Ok(status) => found.exec_ended(status),
+        Err(Error::Task(error)) => Err(found.why_gone(error)),
+        Err(error) => Err(error),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Error;
 use super::client::{Process, ProcessState, Task, TaskError};
 use crate::config::Config;
-use crate::state::{ContainerRecord, StandIn, State, Status, sandboxes};
+use crate::state::{ContainerRecord, StandIn, State, sandboxes};
 use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use std::path::{Path, PathBuf};
@@ -122,10 +122,10 @@ impl Found {
             let oom = exit.oom_killed.then(|| "out of memory".to_owned());
             return exit.reason.clone().or(oom);
         }
-        match &self.state.status {
-            Status::Stopped { reason } => Some(reason.clone()),
-            _ if !self.alive() => Some("its supervisor died".into()),
-            _ => None,
+        match self.state.stopped() {
+            Some(reason) => Some(reason.to_owned()),
+            None if !self.alive() => Some("its supervisor died".into()),
+            None => None,
         }
     }
 
@@ -134,15 +134,29 @@ impl Found {
         if !matches!(error, TaskError::Connect { .. } | TaskError::Gone) {
             return error.into();
         }
-        let reason = match &self.state.status {
-            Status::Stopped { reason } => reason.clone(),
-            _ if self.alive() => chain(&error),
-            _ => "its supervisor died; coffer delete removes what is left".into(),
+        let reason = match self.state.stopped() {
+            Some(reason) => reason.to_owned(),
+            None if self.alive() => chain(&error),
+            None => "its supervisor died; coffer delete removes what is left".into(),
         };
         Error::Dead {
             id: self.id.clone(),
             reason,
         }
+    }
+
+    /// The end of an exec: its exit status, unless the VM died under it.
+    pub(super) fn exec_ended(&self, status: u8) -> Result<u8, Error> {
+        let state = State::load(&self.root, &self.id).ok().flatten();
+        let died = state
+            .as_ref()
+            .and_then(|now| now.vm_died_under(status.into()));
+        died.map_or(Ok(status), |reason| {
+            Err(Error::Dead {
+                id: self.id.clone(),
+                reason: reason.to_owned(),
+            })
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use super::supervisor::LOG_FILE;
 use super::time::rfc3339;
 use crate::config::Config;
 use crate::machine::open_console;
-use crate::state::{ContainerRecord, State, Status, sandboxes};
+use crate::state::{ContainerRecord, State, sandboxes};
 use coffer_proto::ids::{ContainerId, SandboxId};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -126,9 +126,7 @@ pub(super) async fn live_state(
     {
         return state;
     }
-    let stopped = !found.alive()
-        || record.exit.is_some()
-        || matches!(found.state.status, Status::Stopped { .. });
+    let stopped = !found.alive() || record.exit.is_some() || found.state.stopped().is_some();
     ProcessState {
         status: if stopped { "stopped" } else { "running" },
         pid: 0,

@@ -21,7 +21,7 @@ use super::{Error, FAILED, REFUSED, oom};
 use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::config::Config;
 use crate::lease::{Lease, Registration};
-use crate::state::{State, Status};
+use crate::state::State;
 use coffer_proto::error_chain::chain;
 use coffer_proto::ids::{ContainerId, SandboxId};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -257,26 +257,24 @@ impl Standing {
 
     /// The exit status, and what is to be said beside it.
     fn outcome(&self, status: Result<u8, Error>, state: Option<&State>) -> (u8, Option<String>) {
-        let stopped = state.and_then(|state| match &state.status {
-            Status::Stopped { reason } => Some(reason.clone()),
-            Status::Creating | Status::Running => None,
-        });
+        let stopped = state.and_then(State::stopped);
         let status = match status {
             Ok(status) => status,
-            Err(error) => return (FAILED, Some(stopped.unwrap_or_else(|| chain(&error)))),
+            Err(error) => {
+                let reason = stopped.map_or_else(|| chain(&error), str::to_owned);
+                return (FAILED, Some(reason));
+            }
         };
-        if self.order.exec.is_some() {
-            return match state.and_then(|state| state.vm_died_under(status.into())) {
-                Some(reason) => (FAILED, Some(reason.to_owned())),
-                None => (status, None),
-            };
-        }
-        let record = state.and_then(|state| state.containers.get(&self.order.container));
-        let reason = record.and_then(|record| record.exit.as_ref()?.reason.clone());
-        match (reason, stopped) {
-            (Some(reason), Some(_)) => (FAILED, Some(reason)),
-            (reason, _) => (status, reason),
-        }
+        let reason = state.and_then(|state| match self.order.exec {
+            Some(_) => state.vm_died_under(status.into()),
+            None => {
+                let record = state.containers.get(&self.order.container)?;
+                record.exit.as_ref()?.reason.as_deref()
+            }
+        });
+        let failed = reason.is_some() && stopped.is_some();
+        let status = if failed { FAILED } else { status };
+        (status, reason.map(str::to_owned))
     }
 }
 
