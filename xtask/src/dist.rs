@@ -3,8 +3,9 @@
 //! ```text
 //! usr/lib/coffer/     programs and guest image, which find each other there
 //! usr/bin/            links to the two programs that others call
-//! usr/share/coffer/   what containerd and Kubernetes are told
+//! usr/share/coffer/   what containerd, CRI-O and Kubernetes are told
 //! usr/share/doc/coffer/
+//! etc/containers/containers.conf.d/   what podman is told; it looks nowhere else for additions
 //! ```
 
 use std::fs;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 use crate::build;
 use crate::process;
@@ -36,15 +38,21 @@ const PRODUCT: [&str; 8] = [
     "manifest.json",
 ];
 /// Of `packaging/`.
-const SNIPPETS: [&str; 3] = [
+const SNIPPETS: [&str; 5] = [
     "containerd-1.toml",
     "containerd-2.toml",
+    "crio.conf.d/50-coffer-oci.conf",
+    "crio.conf.d/50-coffer-vm.conf",
     "runtimeclass.yaml",
 ];
-const DOCUMENTS: [&str; 6] = [
+/// Of `packaging/`, and below `/etc` of the host. It names one more runtime and changes no other.
+const PODMAN: &str = "containers.conf.d/50-coffer.conf";
+const DOCUMENTS: [&str; 8] = [
     "README.md",
     "docs/containerd.md",
+    "docs/cri-o.md",
     "docs/docker.md",
+    "docs/podman.md",
     "docs/configuration.md",
     "docs/limitations.md",
     "docs/licences.md",
@@ -52,19 +60,11 @@ const DOCUMENTS: [&str; 6] = [
 
 /// Builds the product and packs it; the files are in `<target>/dist`.
 pub fn run(project: &Project) -> Result<()> {
-    let product = build::run(project)?;
-    let out = project.target.join("dist");
-    fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
-    let staging = tempfile::tempdir_in(&out)?;
-    let root = staging.path().join("root");
-    stage(project, &product, &root)?;
-    let time = commit_time(project)?;
-    let name = format!("coffer-{VERSION}-linux-{ARCHITECTURE}.tar.gz");
-    let tarball = step("pack the tarball", || {
-        tarball(&root, &out.join(&name), &time)
-    })?;
+    build::run(project)?;
+    let staging = stage(project)?;
+    let tarball = step("pack the tarball", || tarball(project, staging.path()))?;
     let package = step("pack the Debian package", || {
-        debian(project, &root, &out, &time)
+        debian(project, staging.path())
     })?;
     for file in [tarball, package] {
         eprintln!("--> {}", file.display());
@@ -72,26 +72,50 @@ pub fn run(project: &Project) -> Result<()> {
     Ok(())
 }
 
+/// The Debian package of a product that is built.
+pub fn package(project: &Project) -> Result<PathBuf> {
+    debian(project, stage(project)?.path())
+}
+
 /// The tree as it is on a host.
-fn stage(project: &Project, product: &Path, root: &Path) -> Result<()> {
+fn stage(project: &Project) -> Result<TempDir> {
+    let out = out(project);
+    fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    let staging = tempfile::tempdir_in(&out)?;
+    let root = staging.path();
+    // It is the root directory of the package, and a temporary one is closed to others.
+    fs::set_permissions(root, fs::Permissions::from_mode(0o755))?;
     for file in PRODUCT {
-        copy(&product.join(file), &root.join("usr/lib/coffer").join(file))?;
+        let from = project.product().join(file);
+        copy(&from, &root.join("usr/lib/coffer").join(file))?;
     }
     let bin = root.join("usr/bin");
     fs::create_dir_all(&bin)?;
     for program in CALLED {
         symlink(Path::new("../lib/coffer").join(program), bin.join(program))?;
     }
+    let packaging = project.root.join("packaging");
     for file in SNIPPETS {
-        let from = project.root.join("packaging").join(file);
-        copy(&from, &root.join("usr/share/coffer").join(file))?;
+        copy(
+            &packaging.join(file),
+            &root.join("usr/share/coffer").join(file),
+        )?;
     }
+    copy(
+        &packaging.join(PODMAN),
+        &root.join("etc/containers").join(PODMAN),
+    )?;
     let documents = root.join("usr/share/doc/coffer");
     for file in DOCUMENTS {
         let name = Path::new(file).file_name().context("a file's name")?;
         copy(&project.root.join(file), &documents.join(name))?;
     }
-    copy(&project.root.join("LICENSE"), &documents.join("copyright"))
+    copy(&project.root.join("LICENSE"), &documents.join("copyright"))?;
+    Ok(staging)
+}
+
+fn out(project: &Project) -> PathBuf {
+    project.target.join("dist")
 }
 
 /// Directories above it are made; modes are those of the source.
@@ -113,7 +137,10 @@ fn commit_time(project: &Project) -> Result<String> {
     ]))
 }
 
-fn tarball(root: &Path, file: &Path, time: &str) -> Result<PathBuf> {
+fn tarball(project: &Project, root: &Path) -> Result<PathBuf> {
+    let name = format!("coffer-{VERSION}-linux-{ARCHITECTURE}.tar.gz");
+    let file = out(project).join(name);
+    let time = commit_time(project)?;
     process::run(
         Command::new("tar")
             .arg("-C")
@@ -126,14 +153,14 @@ fn tarball(root: &Path, file: &Path, time: &str) -> Result<PathBuf> {
                 &format!("--mtime=@{time}"),
             ])
             .arg("-czf")
-            .arg(file)
-            .arg("usr")
+            .arg(&file)
+            .args(["etc", "usr"])
             .env("GZIP", "-n"),
     )?;
-    Ok(file.to_path_buf())
+    Ok(file)
 }
 
-fn debian(project: &Project, root: &Path, out: &Path, time: &str) -> Result<PathBuf> {
+fn debian(project: &Project, root: &Path) -> Result<PathBuf> {
     let control = root.join("DEBIAN");
     fs::create_dir_all(&control)?;
     let template = project.root.join("packaging/debian-control");
@@ -143,16 +170,21 @@ fn debian(project: &Project, root: &Path, out: &Path, time: &str) -> Result<Path
         .replace("@ARCHITECTURE@", ARCHITECTURE)
         .replace("@SIZE@", &installed_size(root)?);
     fs::write(control.join("control"), text)?;
+    fs::write(
+        control.join("conffiles"),
+        format!("/etc/containers/{PODMAN}\n"),
+    )?;
     let script = control.join("postinst");
     copy(&project.root.join("packaging/debian-postinst"), &script)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    let file = out.join(format!("coffer_{VERSION}_{ARCHITECTURE}.deb"));
+    let file = out(project).join(format!("coffer_{VERSION}_{ARCHITECTURE}.deb"));
     process::run(
         Command::new("dpkg-deb")
-            .args(["--root-owner-group", "--build"])
+            // dpkg has read zstd since Debian 12; xz takes ten times as long to pack.
+            .args(["-Zzstd", "--root-owner-group", "--build"])
             .arg(root)
             .arg(&file)
-            .env("SOURCE_DATE_EPOCH", time),
+            .env("SOURCE_DATE_EPOCH", commit_time(project)?),
     )?;
     Ok(file)
 }

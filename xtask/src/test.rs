@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::cache::remove_tree;
 use crate::node::{self, Node};
 use crate::project::Project;
-use crate::{assets, build, process};
+use crate::{assets, build, dist, process};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -89,13 +89,20 @@ fn qemu(project: &Project, arguments: &Arguments) -> Result<bool> {
 
 fn in_node(project: &Project, arguments: &Arguments) -> Result<bool> {
     Node::get(project)?;
-    let share = node_share(project, &test_programs(project)?)?;
     let inside = Path::new(node::SHARE);
+    let package = dist::package(project)?;
+    let package_inside = inside
+        .join("tests")
+        .join(package.file_name().context("a file has a name")?);
+    let mut files = test_programs(project)?;
+    files.push(package);
+    let share = node_share(project, &files)?;
     let mut nextest = nextest(project, arguments, "node");
     nextest.args(["--package", SUITE]);
     nextest.env("COFFER_TEST_HYPERVISOR", "coffer-vmm");
     nextest.env("COFFER_TEST_PRODUCT", inside.join("product"));
     nextest.env("COFFER_TEST_ASSETS", node::ASSETS);
+    nextest.env("COFFER_TEST_PACKAGE", package_inside);
     nextest.env(SHARE_VARIABLE, share);
     let runner = env::current_exe().context("find this program")?;
     nextest.env(RUNNER_VARIABLE, format!("{} node-test", runner.display()));
@@ -120,8 +127,8 @@ fn passes(nextest: &mut Command) -> Result<bool> {
     Ok(nextest.status().context("start cargo nextest")?.success())
 }
 
-/// The disk image with the product and, in `tests/`, more programs.
-pub fn node_share(project: &Project, programs: &[PathBuf]) -> Result<PathBuf> {
+/// The disk image with the product and, in `tests/`, more files.
+pub fn node_share(project: &Project, files: &[PathBuf]) -> Result<PathBuf> {
     let dir = project.target.join("node");
     let content = dir.join("share");
     remove_tree(&content)?;
@@ -133,8 +140,8 @@ pub fn node_share(project: &Project, programs: &[PathBuf]) -> Result<PathBuf> {
         let path = entry?.path();
         link(&path, &product)?;
     }
-    for program in programs {
-        link(program, &tests)?;
+    for file in files {
+        link(file, &tests)?;
     }
     let image = dir.join("share.erofs");
     node::share_disk(&content, &image)?;
