@@ -8,6 +8,7 @@ mod binds;
 mod devices;
 mod labels;
 mod need;
+mod pods_files;
 mod shared_memory;
 
 pub use binds::Bind;

@@ -1,7 +1,7 @@
 //! Pods without a pause container: containerd's Sandbox service, with the test in containerd's place.
 
 use coffer_proto::cri::{
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+    DNSConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
     PodSandboxConfig,
 };
 use coffer_tests::Test;
@@ -31,8 +31,13 @@ fn pod_config(pid: NamespaceMode) -> Any {
         sysctls: [("net.core.somaxconn".to_owned(), "77".to_owned())].into(),
         ..Default::default()
     };
+    let dns = DNSConfig {
+        servers: vec!["192.0.2.53".into()],
+        ..Default::default()
+    };
     let config = PodSandboxConfig {
         hostname: "pod-host".into(),
+        dns_config: MessageField::some(dns),
         linux: MessageField::some(linux),
         ..Default::default()
     };
@@ -65,11 +70,12 @@ fn a_pod_without_a_pause_container_lives_by_the_sandbox_service() {
     let shim = Shim::start(&test, &dir, "pod");
     let pid = start_pod(&shim);
     let task = shim.task();
-    let long = member(&test, pid, "exec sleep 654");
+    let long = member(&test, pid, "echo shared > /dev/shm/long; exec sleep 654");
     task.create("long", long.write(), "").unwrap();
     task.start("long", "").unwrap();
     let out = test.dir().join("out");
-    let script = "hostname; cat /proc/sys/net/core/somaxconn; ps | grep -c '[s]leep 654'";
+    let script = "hostname; cat /proc/sys/net/core/somaxconn; ps | grep -c '[s]leep 654'; cat /etc/resolv.conf /etc/hostname
+        cat /dev/shm/long";
     let short = member(&test, pid, script);
     task.create("short", short.write(), out.to_str().unwrap())
         .unwrap();
@@ -77,8 +83,8 @@ fn a_pod_without_a_pause_container_lives_by_the_sandbox_service() {
     assert_eq!(task.wait("short", "").unwrap(), 0);
     assert_eq!(
         fs::read_to_string(&out).unwrap(),
-        "pod-host\n77\n1\n",
-        "names, sysctls and processes are the pod's"
+        "pod-host\n77\n1\nnameserver 192.0.2.53\npod-host\nshared\n",
+        "names, sysctls, processes, files and shared memory are the pod's"
     );
     task.delete("short", "").unwrap();
     assert!(sandbox_metrics(&shim).cpu.usage_usec > 0);

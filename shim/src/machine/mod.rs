@@ -67,6 +67,8 @@ const NETWORK_RETRY_MAX: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, Default)]
 pub struct Pod {
     pub hostname: Option<String>,
+    /// Of the pod's own, where containers are to see it; empty where their caller mounts one.
+    pub resolv_conf: String,
     /// The pod's network namespace on the host; None for no network.
     pub netns: Option<PathBuf>,
     /// Where its cgroup is to be; the sandbox's options go before.
@@ -328,6 +330,7 @@ fn start_request(
     Ok(StartSandboxRequest {
         version: coffer_proto::VERSION.to_owned(),
         hostname,
+        resolv_conf: pod.resolv_conf.clone(),
         time: Some(time).into(),
         share_tag: SHARE_TAG.to_owned(),
         interfaces,

@@ -84,7 +84,11 @@ impl Sandbox {
         crash::point("create.mounted");
         let bundle = self.load(&new)?;
         let mut guest = bundle.for_guest(&new.id)?;
-        let shared_memory = self.take_shared_memory(&mut guest);
+        let shared_memory = if self.change(|pod| pod.is_prepared()).await? {
+            guest.take_pods_files()
+        } else {
+            self.take_shared_memory(&mut guest)
+        };
         let endpoints = self.open_stdio(&new.stdio, &key).await?;
         let machine = match admission {
             Admission::Boot => {
@@ -224,13 +228,7 @@ impl Sandbox {
                 this: this.to_owned(),
             });
         }
-        // None is defined yet. One that is ignored would be a setting that somebody believes in.
-        if let Some(unknown) = annotations
-            .keys()
-            .find(|key| key.starts_with(OWN_ANNOTATIONS))
-        {
-            return Err(Error::Annotation(unknown.clone()));
-        }
+        check_annotations(annotations.keys())?;
         Ok(bundle)
     }
 
@@ -334,6 +332,14 @@ impl Sandbox {
         let created = key.clone();
         self.apply(move |pod| pod.created(&created, io).map(|_| ()))
             .await
+    }
+}
+
+/// Refuses annotations that look like ours. None is defined yet, and one that is ignored would be a setting that somebody believes in.
+pub fn check_annotations<'n>(mut names: impl Iterator<Item = &'n String>) -> Result<(), Error> {
+    match names.find(|name| name.starts_with(OWN_ANNOTATIONS)) {
+        Some(unknown) => Err(Error::Annotation(unknown.clone())),
+        None => Ok(()),
     }
 }
 

@@ -10,7 +10,7 @@ use oci_spec::runtime::Mount;
 use std::path::{Path, PathBuf};
 
 /// Where POSIX shared memory is.
-const SHM: &str = "/dev/shm";
+pub(super) const SHM: &str = "/dev/shm";
 
 /// The shared memory that a container was given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

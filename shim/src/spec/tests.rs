@@ -105,6 +105,31 @@ fn the_pods_shared_memory_is_the_guests() {
 }
 
 #[test]
+fn files_of_the_pod_are_the_guests_where_nobody_mounts_others() {
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    let dir = bundle(|c| {
+        c["root"]["readonly"] = json!(true);
+        c["mounts"] = json!([
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "mode=1777", "size=65536k"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": hosts.path(), "options": ["bind"]},
+        ]);
+    });
+    let id = ContainerId::new("c").unwrap();
+    let mut guest = Bundle::load(dir.path()).unwrap().for_guest(&id).unwrap();
+    assert_eq!(guest.take_pods_files(), 64 << 20);
+    let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
+    let shared = json!({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["nosuid", "bind"]});
+    assert_eq!(spec["mounts"][0], shared);
+    assert_eq!(spec["mounts"][1]["destination"], "/etc/hosts");
+    for (i, name) in [(2, "/etc/hostname"), (3, "/etc/resolv.conf")] {
+        let own =
+            json!({"destination": name, "type": "bind", "source": name, "options": ["bind", "ro"]});
+        assert_eq!(spec["mounts"][i], own);
+        assert!(guest.mount_points[i].file);
+    }
+}
+
+#[test]
 fn id_mappings_of_mounts_are_the_hosts_to_make() {
     let volume = tempfile::tempdir().unwrap();
     let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);

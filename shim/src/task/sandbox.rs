@@ -1,21 +1,24 @@
 //! containerd's Sandbox service, beside the Task service on the same socket: a pod without a pause container.
 //!
 //! containerd 2 uses it where the runtime handler says `sandboxer = "shim"`. The app containers' specs then name the pod's namespaces
-//! as `/proc/<pid of StartSandbox>/ns/…`; in the guest the pod's own take their place, whatever the path.
+//! as `/proc/<pid of StartSandbox>/ns/…`; in the guest the pod's own take their place, whatever the path. They mount no
+//! `/etc/resolv.conf`, `/etc/hostname`, `/etc/hosts` and `/dev/shm` of the pod, which are left to the sandbox.
 
 use super::{TaskService, any, rpc_error, stats, status, timestamp, whole};
 use crate::cgroup::CgroupPath;
 use crate::machine::{Pod as PodSpec, PodSize};
 use crate::sandbox::Error;
+use crate::sandbox::create::check_annotations;
 use crate::sandbox::events::{SandboxDescription, SandboxState};
 use async_trait::async_trait;
-use coffer_proto::cri::{NamespaceMode, PodSandboxConfig};
+use coffer_proto::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{EnumOrUnknown, Message, MessageField};
 use containerd_shim_protos::sandbox_api as api;
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxApi;
 use containerd_shim_protos::types::platform::Platform;
 use std::collections::HashMap;
+use std::fs;
 use std::time::{Duration, SystemTime};
 use ttrpc::r#async::TtrpcContext;
 
@@ -24,6 +27,8 @@ const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// The states that containerd knows.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
+/// Where the host asks for names, and so does a pod that is told nothing else.
+const HOSTS_RESOLV_CONF: &str = "/etc/resolv.conf";
 
 #[async_trait]
 impl SandboxApi for TaskService {
@@ -44,6 +49,7 @@ impl SandboxApi for TaskService {
                 format!("CreateSandbox: {message}"),
             )
         })?;
+        check_annotations(request.annotations.keys()).map_err(status)?;
         let spec = pod_spec(config, &request.sandbox_id, &request.netns_path).map_err(status)?;
         self.sandbox.prepare(spec).await.map_err(status)?;
         Ok(api::CreateSandboxResponse::new())
@@ -230,10 +236,12 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
     let netns = (!netns.is_empty()).then(|| netns.into());
     let Some(config) = config else {
         return Ok(PodSpec {
+            resolv_conf: resolv_conf(None),
             netns,
             ..Default::default()
         });
     };
+    check_annotations(config.annotations.keys())?;
     let linux = config.linux.unwrap_or_default();
     let namespaces = linux
         .security_context
@@ -254,6 +262,7 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
     let cgroup = parent.map(|parent| CgroupPath::in_cri_parent(parent, id));
     Ok(PodSpec {
         hostname: (!config.hostname.is_empty()).then_some(config.hostname),
+        resolv_conf: resolv_conf(config.dns_config.as_ref()),
         netns,
         cgroup: cgroup.transpose()?,
         shared_pid_namespace: mode(namespaces.pid) == NamespaceMode::POD,
@@ -266,6 +275,27 @@ fn pod_spec(config: Option<PodSandboxConfig>, id: &str, netns: &str) -> Result<P
         sysctls: linux.sysctls,
         block_devices: Vec::new(),
     })
+}
+
+/// The pod's resolv.conf(5): what its configuration says, or else the host's.
+fn resolv_conf(dns: Option<&DNSConfig>) -> String {
+    let Some(dns) = dns else {
+        return fs::read_to_string(HOSTS_RESOLV_CONF)
+            .unwrap_or_else(|error| format!("# The host's can't be read: {error}.\n"));
+    };
+    let list = |keyword: &str, values: &[String]| match values {
+        [] => String::new(),
+        values => format!("{keyword} {}\n", values.join(" ")),
+    };
+    let servers: String = (dns.servers.iter())
+        .map(|server| format!("nameserver {server}\n"))
+        .collect();
+    let text = list("search", &dns.searches) + &servers + &list("options", &dns.options);
+    if text.is_empty() {
+        "# No resolver is configured for the pod.\n".to_owned()
+    } else {
+        text
+    }
 }
 
 #[cfg(test)]
@@ -311,6 +341,32 @@ mod tests {
         assert!(spec.shared_pid_namespace);
         let own = config(NamespaceMode::CONTAINER, NamespaceMode::POD);
         assert!(!pod_spec(Some(own), "p", "").unwrap().shared_pid_namespace);
+    }
+
+    #[test]
+    fn the_pods_resolver_is_what_its_configuration_says() {
+        let dns = DNSConfig {
+            servers: vec!["192.0.2.1".into(), "2001:db8::1".into()],
+            searches: vec!["a.test".into(), "b.test".into()],
+            options: vec!["ndots:5".into()],
+            ..Default::default()
+        };
+        assert_eq!(
+            resolv_conf(Some(&dns)),
+            "search a.test b.test\nnameserver 192.0.2.1\nnameserver 2001:db8::1\noptions ndots:5\n"
+        );
+        let hosts = fs::read_to_string(HOSTS_RESOLV_CONF).unwrap_or_default();
+        assert!(resolv_conf(None).contains(&hosts));
+        assert!(!resolv_conf(Some(&DNSConfig::new())).is_empty());
+    }
+
+    #[test]
+    fn an_annotation_that_is_not_known_is_refused() {
+        let mut annotated = config(NamespaceMode::POD, NamespaceMode::POD);
+        let name = "io.coffer.nonsense".to_owned();
+        annotated.annotations.insert(name.clone(), "1".into());
+        let error = pod_spec(Some(annotated), "p", "").unwrap_err();
+        assert!(error.to_string().contains(&name), "{error}");
     }
 
     #[test]
