@@ -34,6 +34,8 @@ pub struct Conmon<'t> {
     sync: PipeReader,
     start: PipeWriter,
     attach: PipeReader,
+    /// In the foreground it writes no pid file of its own.
+    foreground: Option<Pid>,
 }
 
 impl<'t> Conmon<'t> {
@@ -45,6 +47,18 @@ impl<'t> Conmon<'t> {
         options: &[&str],
     ) -> Self {
         bundle.write();
+        Self::launch(test, runtime, &bundle.dir, &test.id(), options)
+    }
+
+    /// The same with another text in the place of config.json.
+    pub fn create_with(
+        test: &Test,
+        runtime: &'t Runtime<'t>,
+        bundle: &Bundle,
+        options: &[&str],
+        config: &str,
+    ) -> Self {
+        fs::write(bundle.dir.join("config.json"), config).expect("scratch is ours");
         Self::launch(test, runtime, &bundle.dir, &test.id(), options)
     }
 
@@ -84,7 +98,7 @@ impl<'t> Conmon<'t> {
         }
         let mut command = Command::new("conmon");
         command
-            .args(["--api-version", "1", "-c", id, "-u", id, "-n", id])
+            .args(["-c", id, "-u", id, "-n", id])
             .arg("-r")
             .arg(runtime.program())
             .arg(format!("--runtime-arg=--root={}", runtime.root()))
@@ -96,7 +110,6 @@ impl<'t> Conmon<'t> {
                 "--persist-dir",
                 &path("persist"),
             ])
-            .args(["-l", &format!("k8s-file:{}", path("log"))])
             .args(
                 options
                     .iter()
@@ -107,8 +120,14 @@ impl<'t> Conmon<'t> {
             .env("_OCI_ATTACHPIPE", its_attach.as_raw_fd().to_string())
             .current_dir(bundle)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(fs::File::create(dir.join("stdout")).expect("scratch is ours"))
             .stderr(fs::File::create(dir.join("stderr")).expect("scratch is ours"));
+        if !options.contains(&"-l") {
+            command.args(["-l", &format!("k8s-file:{}", path("log"))]);
+        }
+        if !options.contains(&"--api-version") {
+            command.args(["--api-version", "1"]);
+        }
         let mut first = command
             .spawn()
             .expect("conmon is installed; run `cargo xtask setup`");
@@ -121,11 +140,14 @@ impl<'t> Conmon<'t> {
             sync,
             start,
             attach,
+            foreground: options
+                .contains(&"--sync")
+                .then(|| Pid::from_raw(first.id().cast_signed())),
         };
         conmon.start.write_all(b"\0").expect("conmon waits for it");
-        // The first process forks the one that stays.
+        // The first process forks the one that stays, unless it is to stay itself.
         assert!(
-            first.wait().expect("our child").success(),
+            conmon.foreground.is_some() || first.wait().expect("our child").success(),
             "{}",
             conmon.errors()
         );
@@ -165,6 +187,9 @@ impl<'t> Conmon<'t> {
 
     /// conmon's own pid.
     pub fn own_pid(&self) -> Pid {
+        if let Some(pid) = self.foreground {
+            return pid;
+        }
         let file = self.dir.join("conmon.pid");
         wait_for("conmon's pid", || {
             fs::read(&file).is_ok_and(|text| !text.is_empty())
@@ -305,7 +330,9 @@ fn message(pipe: &mut PipeReader) -> (i64, String) {
         line.push(byte[0]);
     }
     let message: Value = serde_json::from_slice(&line).expect("conmon sends JSON");
-    let number = message["data"].as_i64().or(message["pid"].as_i64());
+    let number = ["data", "pid", "exit_code"]
+        .iter()
+        .find_map(|key| message[key].as_i64());
     let text = message["message"].as_str().unwrap_or_default().to_owned();
     (number.unwrap_or_else(|| panic!("{message}")), text)
 }

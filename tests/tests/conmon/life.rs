@@ -1,7 +1,6 @@
-//! conmon alone over the OCI command line: the cases of conmon's own test suite, and how conmon sees a runtime fail.
-//!
-//! Every test runs with runc first, so that what is expected of Coffer is what conmon gets from runc.
+//! From create to the end: exit codes, exec, attach, time-outs, and who is killed when.
 
+use crate::remove;
 use coffer_tests::bundle::Bundle;
 use coffer_tests::conmon::Conmon;
 use coffer_tests::oci::{MARKED, Runtime, process};
@@ -12,11 +11,6 @@ use std::fs;
 
 fn shell(script: &str) -> Value {
     process(&["sh", "-c", script])
-}
-
-/// Removes a stopped or failed container, as podman's exit command does.
-fn remove(runtime: &Runtime<'_>, conmon: &Conmon<'_>) {
-    runtime.ok(&["delete", "--force", &conmon.id]);
 }
 
 #[test]
