@@ -303,6 +303,85 @@ fn a_restart_of_containerd_loses_no_task() {
     containerd.remove("stays");
 }
 
+/// Pods that write a log and have an exec each, while containerd dies. Every third one ends when nobody listens.
+fn pods_outlive_containerd(name: &str, count: usize) {
+    let test = Test::new(name);
+    let mut containerd = Containerd::start(&test);
+    let signal = test.dir().join("signal");
+    fs::create_dir(&signal).unwrap();
+    let mount = format!(
+        "type=bind,src={},dst=/signal,options=rbind:ro",
+        signal.display()
+    );
+    let log = |id: &str| test.dir().join(format!("{id}.log"));
+    let pods: Vec<(String, bool)> = (0..count)
+        .map(|i| (format!("pod{i}"), i % 3 == 2))
+        .collect();
+    for (id, ends) in &pods {
+        let until = if *ends { "[ -e /signal/end ]" } else { "false" };
+        let script =
+            format!("n=0; until {until}; do n=$((n+1)); echo tick $n; sleep 1; done; exit 9");
+        let uri = format!("file://{}", log(id).display());
+        let options = ["--mount", &mount, "--log-uri", &uri];
+        containerd.run_detached(&options, id, &["sh", "-c", &script]);
+        containerd.ok(&[
+            "tasks",
+            "exec",
+            "--detach",
+            "--exec-id",
+            "open",
+            id,
+            "sleep",
+            "600",
+        ]);
+    }
+    containerd.kill();
+    fs::write(signal.join("end"), "").unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    containerd.launch();
+
+    let ticks = |id: &str| fs::read_to_string(log(id)).unwrap().lines().count();
+    for (id, ends) in &pods {
+        if *ends {
+            wait_for("the exit to arrive", || containerd.status(id) == "STOPPED");
+            let deleted = finish(containerd.ctr(&["tasks", "rm", id]));
+            assert!(deleted.stderr.contains("exit code 9"), "{id}: {deleted:?}");
+            containerd.ok(&["containers", "rm", id]);
+        } else {
+            assert_eq!(containerd.status(id), "RUNNING", "{id}");
+            assert!(containerd.ok(&["tasks", "ps", id]).contains("open"), "{id}");
+            let exec = [
+                "tasks",
+                "exec",
+                "--exec-id",
+                "new",
+                id,
+                "echo",
+                "still here",
+            ];
+            assert_eq!(containerd.ok(&exec), "still here", "{id}");
+            let before = ticks(id);
+            wait_for("the log to go on", || ticks(id) > before);
+            containerd.remove(id);
+        }
+        let text = fs::read_to_string(log(id)).unwrap();
+        let whole = (1..).zip(text.lines());
+        for (n, line) in whole {
+            assert_eq!(line, format!("tick {n}"), "{id}");
+        }
+    }
+}
+
+#[test]
+fn the_death_of_containerd_costs_no_pod_exec_log_or_exit() {
+    pods_outlive_containerd("kill3", 3);
+}
+
+#[test]
+fn heavy_the_death_of_containerd_costs_none_of_twenty_pods() {
+    pods_outlive_containerd("kill20", 20);
+}
+
 #[test]
 fn the_death_of_the_supervisor_is_cleaned_up_by_delete() {
     let test = Test::new("shimkill");

@@ -2,9 +2,10 @@
 //! reported dead with a reason, and `coffer delete` leaves nothing (the harness looks).
 
 use coffer_tests::bundle::Bundle;
-use coffer_tests::{Background, Test, leaks, wait_for};
+use coffer_tests::{Background, Test, asset, leaks, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const REPORTED_WITHIN: Duration = Duration::from_secs(10);
@@ -95,6 +96,45 @@ fn the_hypervisor_dies_idle() {
 #[test]
 fn the_hypervisor_dies_busy() {
     die("vmm-busy", BUSY, hypervisors);
+}
+
+#[test]
+fn the_hypervisor_dies_while_it_boots() {
+    let test = Test::new("vmm-boot");
+    let rootfs = asset("busybox");
+    let id = test.id();
+    let mut command = test.run_command(&["--id", &id, "--rootfs", rootfs.to_str().unwrap()]);
+    command.args(["--", "true"]).stderr(Stdio::piped());
+    let run = command.spawn().unwrap();
+    wait_for("the hypervisor", || !hypervisors(&test).is_empty());
+    let since = Instant::now();
+    kill_all(&hypervisors(&test));
+    let done = run.wait_with_output().unwrap();
+    assert!(
+        since.elapsed() < REPORTED_WITHIN,
+        "it took {:?}",
+        since.elapsed()
+    );
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(125), "{said}");
+    assert!(said.contains("the VM did not start"), "{said}");
+}
+
+#[test]
+fn the_hypervisor_dies_while_the_sandbox_stops() {
+    for millis in [0, 100, 300] {
+        let test = Test::new("vmm-stop");
+        let sandbox = test.background(&[], IDLE);
+        let victims = hypervisors(&test);
+        let mut delete = test.coffer(&["delete", "--force", &sandbox.id]);
+        let mut delete = delete.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(millis));
+        for pid in victims {
+            // It may have ended in order by now.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+        assert!(delete.wait().unwrap().success());
+    }
 }
 
 #[test]

@@ -64,16 +64,29 @@ fn dies_at(point: &str) {
 
 #[test]
 fn a_create_that_dies_before_the_boot_is_cleaned_up() {
-    ["create.recorded", "create.mounted"]
-        .into_iter()
-        .for_each(dies_at);
+    [
+        "create.recorded",
+        "create.mounted",
+        "create.loaded",
+        "create.stdio",
+        "boot.console",
+        "boot.uid",
+        "boot.share",
+        "boot.cgroup",
+        "boot.network",
+    ]
+    .into_iter()
+    .for_each(dies_at);
 }
 
+/// Where nothing knows yet of a process that runs, it ends by itself.
 #[test]
 fn a_create_that_dies_in_the_boot_is_cleaned_up() {
     [
-        "boot.share",
-        "boot.network",
+        "boot.fsd-started",
+        "boot.fsd-recorded",
+        "boot.hypervisor-started",
+        "boot.hypervisor-recorded",
         "boot.processes",
         "boot.vm",
         "boot.agent",
@@ -84,9 +97,14 @@ fn a_create_that_dies_in_the_boot_is_cleaned_up() {
 
 #[test]
 fn a_create_that_dies_after_the_boot_is_cleaned_up() {
-    ["create.shared", "create.in-guest"]
-        .into_iter()
-        .for_each(dies_at);
+    [
+        "create.booted",
+        "create.shared",
+        "create.in-guest",
+        "create.attached",
+    ]
+    .into_iter()
+    .for_each(dies_at);
 }
 
 #[test]

@@ -102,6 +102,12 @@ fn layers_are_plain_gzip_or_zstd_with_many_frames() {
 }
 
 #[test]
+fn an_image_without_layers_is_an_empty_root() {
+    let root = unpack_layers(&[]).unwrap();
+    assert!(fs::read_dir(root.path()).unwrap().next().is_none());
+}
+
+#[test]
 fn unpacking_can_be_stopped() {
     let image = Layout::of(&[LayerTar::new().file("a", "").finish()]);
     let directory = tempfile::tempdir().unwrap();

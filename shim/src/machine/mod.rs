@@ -23,6 +23,7 @@ pub use size::PodSize;
 use crate::agent::{Agent, AgentError};
 use crate::cgroup::{CgroupPath, SandboxCgroup};
 use crate::cleanup;
+use crate::crash;
 use crate::io::Dialer;
 use crate::mirror::Mirrors;
 use crate::network::{self, DockersNames, NamespaceId, Nic, PortForward};
@@ -181,7 +182,9 @@ async fn assemble(
     let dir = options.dir();
     let console = parts::create_console(&dir)?;
     evidence.console = Some(console.try_clone().map_err(BootCause::Console)?);
+    crash::point("boot.console");
     let uid = parts::take_uid(options, state)?;
+    crash::point("boot.uid");
     let share = Share::create(&dir)?;
     phases.done("share")?;
 
@@ -190,17 +193,22 @@ async fn assemble(
         options.cgroup.as_ref().or(pod.cgroup.as_ref()),
         state,
     )?;
+    crash::point("boot.cgroup");
     let (disks, disk_slots) = Disks::begin(options.hypervisor, &pod.block_devices)?;
     let room = options.hypervisor.nic_slots(disk_slots.len());
     let (wiring, nics) = begin_wiring(room, pod.netns.as_deref(), uid, state).await?;
     phases.done("network")?;
 
     let (fsd, fs_socket) = parts::start_fsd(options, &share)?;
+    crash::point("boot.fsd-started");
     evidence.fsd = Some(fsd.clone());
     state.update(|state| state.fsd = Some(fsd.id))?;
+    crash::point("boot.fsd-recorded");
     let (process, control) = parts::start_hypervisor(options)?;
+    crash::point("boot.hypervisor-started");
     evidence.vmm = Some(process.clone());
     state.update(|state| state.hypervisor = Some(process.id))?;
+    crash::point("boot.hypervisor-recorded");
     if let Some(cgroup) = &cgroup {
         cgroup.add(fsd.id.pid)?;
         cgroup.add(process.id.pid)?;

@@ -89,7 +89,9 @@ impl Sandbox {
         } else {
             self.take_shared_memory(&mut guest)
         };
+        crash::point("create.loaded");
         let endpoints = self.open_stdio(&new.stdio, &key).await?;
+        crash::point("create.stdio");
         let machine = match admission {
             Admission::Boot => {
                 let mut pod = pod_of(&guest, bundle.spec());
@@ -101,6 +103,7 @@ impl Sandbox {
             }
             Admission::Join => self.machine().await?,
         };
+        crash::point("create.booted");
         share(&machine, &new.id, &mut guest).await?;
         let disks = machine.attach_disks(&new.id, &guest.block_devices).await?;
         guest.renumber_block_devices(&disks);
@@ -121,6 +124,7 @@ impl Sandbox {
         crash::point("create.in-guest");
         self.need(&machine, &new.id, move |_| guest.need).await?;
         let io = ProcessIo::attach(endpoints, &machine.dialer, &key).await?;
+        crash::point("create.attached");
         let (created, stand) = (key.clone(), self.process_for(admission)?);
         let pid = stand
             .as_ref()

@@ -359,3 +359,69 @@ fn a_directory_without_config_is_no_bundle() {
     let error = Bundle::load(dir.path()).unwrap_err().to_string();
     assert!(error.contains("config.json"), "{error}");
 }
+
+/// Every value of a config, replaced by ones that may have any type and size: a bundle or an error of one line, never a panic.
+#[test]
+fn any_value_in_any_place_is_taken_or_refused_in_one_line() {
+    let whole = |c: &mut Value| {
+        c["hostname"] = json!("web");
+        c["annotations"] = json!({"io.kubernetes.cri.sandbox-id": "c"});
+        c["hooks"] = json!({"poststop": [{"path": "/bin/true", "timeout": 1}]});
+        c["mounts"] =
+            json!([{"destination": "/v", "type": "bind", "source": "/tmp", "options": ["rbind"]}]);
+        c["linux"]["resources"] =
+            json!({"memory": {"limit": 1 << 24}, "cpu": {"quota": 1, "period": 2}});
+        c["linux"]["maskedPaths"] = json!(["/proc/acpi"]);
+    };
+    let mut pointers = Vec::new();
+    let dir = bundle(whole);
+    let text = fs::read_to_string(dir.path().join("config.json")).unwrap();
+    places(&serde_json::from_str(&text).unwrap(), "", &mut pointers);
+    assert!(pointers.len() > 30, "{pointers:?}");
+    let values = [
+        Value::Null,
+        json!(true),
+        json!(-1),
+        json!(1e300),
+        json!(""),
+        json!("a\nb\u{0}"),
+        json!("n".repeat(4096)),
+        json!([]),
+        json!([[[]]]),
+        json!({}),
+        json!({"unknown": {}}),
+    ];
+    let id = ContainerId::new("c").unwrap();
+    for pointer in &pointers {
+        for value in &values {
+            let dir = bundle(|c| {
+                whole(c);
+                *c.pointer_mut(pointer).unwrap() = value.clone();
+            });
+            let done = Bundle::load(dir.path()).and_then(|bundle| bundle.for_guest(&id).map(drop));
+            if let Err(error) = done {
+                let line = coffer_proto::error_chain::chain(&error);
+                assert!(!line.contains('\n'), "{pointer} = {value}: {line}");
+            }
+        }
+    }
+}
+
+/// Pointers to a value and to all in it.
+fn places(value: &Value, at: &str, found: &mut Vec<String>) {
+    let inside: Vec<(String, &Value)> = match value {
+        Value::Object(map) => map.iter().map(|(key, v)| (key.clone(), v)).collect(),
+        Value::Array(list) => list
+            .iter()
+            .enumerate()
+            .map(|(i, v)| (i.to_string(), v))
+            .collect(),
+        _ => Vec::new(),
+    };
+    for (key, value) in inside {
+        let key = key.replace('~', "~0").replace('/', "~1");
+        let pointer = format!("{at}/{key}");
+        places(value, &pointer, found);
+        found.push(pointer);
+    }
+}
