@@ -2,11 +2,17 @@
 //! are nobody else's and go with the namespace.
 
 use crate::podman::private_network;
-use crate::{Finished, Test, asset, finish, finish_with_input, host, leaks, product, wait_for};
+use crate::{
+    Finished, Test, asset, evidence, finish, finish_with_input, host, leaks, product, wait_for,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 /// The busybox of the test assets, as docker calls it.
 pub const IMAGE: &str = "busybox:test";
@@ -153,6 +159,31 @@ impl<'t> Docker<'t> {
     }
 }
 
+/// What dockerd's goroutines call; thousands of lines that wait for nothing of ours are left out.
+const TOLD_GOROUTINES: [&str; 3] = ["libcontainerd", "daemon.(*Daemon).ContainerExec", "/cio."];
+
+impl Docker<'_> {
+    /// Where dockerd is: on SIGUSR1 it writes that to a file.
+    fn print_goroutines(&self) {
+        let _ = kill(pid(&self.dockerd), Signal::SIGUSR1);
+        sleep(Duration::from_secs(2));
+        let files = fs::read_dir(self.path("exec"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        for file in files.map(|entry| entry.path()) {
+            if !file.to_string_lossy().contains("goroutine-stacks") {
+                continue;
+            }
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            let told = |stack: &&str| TOLD_GOROUTINES.iter().any(|word| stack.contains(word));
+            for stack in text.split("\n\n").filter(told) {
+                eprintln!("--- dockerd\n{stack}");
+            }
+        }
+    }
+}
+
 /// A program that serves until it is killed, with the product's shim in its PATH.
 fn daemon(mut command: Command, log: &Path) -> Child {
     let product = product("");
@@ -170,23 +201,28 @@ fn daemon(mut command: Command, log: &Path) -> Child {
 
 /// Ends a daemon as a service manager does.
 fn terminate(daemon: &mut Child) {
-    let pid = nix::unistd::Pid::from_raw(daemon.id().cast_signed());
-    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+    let _ = kill(pid(daemon), Signal::SIGTERM);
     let _ = daemon.wait();
+}
+
+fn pid(daemon: &Child) -> Pid {
+    Pid::from_raw(daemon.id().cast_signed())
 }
 
 impl Drop for Docker<'_> {
     fn drop(&mut self) {
+        let state = Path::new("/run/coffer").join(&self.namespace);
         if std::thread::panicking() {
             for log in ["containerd.log", "dockerd.log"] {
                 let text = fs::read_to_string(self.path(log)).unwrap_or_default();
                 eprintln!("--- {log}\n{text}");
             }
+            evidence::print(&state);
+            self.print_goroutines();
             leaks::kill_descendants();
         }
         let _ = self.call(&["rm", "--force", "--volumes", "web", "client"]);
         terminate(&mut self.dockerd);
-        let state = Path::new("/run/coffer").join(&self.namespace);
         if !std::thread::panicking() {
             wait_for("the sandboxes to end", || {
                 fs::read_dir(&state).map_or(true, |mut left| left.next().is_none())

@@ -10,12 +10,13 @@
 //!
 //! The callers that tests take the place of: [`cri`] a kubelet, [`shim`] and [`task`] containerd, [`conmon`] and [`oci`] an engine or its
 //! monitor; [`podman`] runs the real one. [`bundle`] is what they run, [`pod`] a sandbox with several of them, [`schema`]
-//! the form of what they get.
+//! the form of what they get. [`evidence`] is what is printed of a test that fails.
 
 pub mod bundle;
 pub mod conmon;
 pub mod cri;
 pub mod docker;
+pub mod evidence;
 pub mod leaks;
 pub mod loop_device;
 pub mod oci;
@@ -227,25 +228,13 @@ impl Drop for Test {
     fn drop(&mut self) {
         let found = self.check_leaks();
         if found.is_err() || std::thread::panicking() {
-            self.keep_logs();
+            evidence::print(&self.root());
             leaks::kill_descendants();
         }
         if let Err(leak) = found
             && !std::thread::panicking()
         {
             panic!("{leak:?}");
-        }
-    }
-}
-
-impl Test {
-    /// Prints what the supervisors logged, for whoever reads the failure.
-    fn keep_logs(&self) {
-        for entry in fs::read_dir(self.root()).into_iter().flatten().flatten() {
-            let log = entry.path().join("supervisor.log");
-            if let Ok(text) = fs::read_to_string(&log) {
-                eprintln!("--- {}\n{text}", log.display());
-            }
         }
     }
 }
