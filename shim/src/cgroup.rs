@@ -1,4 +1,7 @@
-//! The host cgroup that holds every process of a sandbox: the hypervisor process with the guest's memory, and coffer-fsd.
+//! The host cgroup of a sandbox's processes: the hypervisor process with the guest's memory, coffer-fsd, and the supervisor where its caller
+//! has no other place for it (see [`SandboxOptions::joins_cgroup`](crate::machine::SandboxOptions::joins_cgroup)).
+//!
+//! The supervisor takes the cgroup away at the end, so it goes back to where it was started first.
 //!
 //! On cgroup v2 it is one directory; on v1 and hybrid hosts one in each hierarchy that can limit or stop the sandbox. Engines name
 //! its path. Where nobody does, it is `/coffer/<id>-<supervisor's pid>`, in the hierarchies that put no limit on the
@@ -9,18 +12,22 @@ mod path;
 
 pub use path::{CgroupPath, CgroupPathError};
 
-use hierarchy::Hierarchy;
+use hierarchy::{Hierarchy, PROCESSES};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// A cgroup is busy until the kernel has buried its last process.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 const REMOVE_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Where this process was before it joined a sandbox's cgroup, as its `/proc/self/cgroup` said.
+static HOME: OnceLock<String> = OnceLock::new();
 
 /// Why the cgroup could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +67,7 @@ impl SandboxCgroup {
 
     /// The same, in the hierarchies only where this process is under no limit. None if there is no such hierarchy.
     pub fn create_unconfined(path: &CgroupPath) -> Result<Option<Self>, CgroupError> {
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let own = own_cgroup();
         let mut cgroup = Self::at(path);
         cgroup
             .hierarchies
@@ -93,10 +100,26 @@ impl SandboxCgroup {
     /// Moves a process in, with all its threads.
     pub fn add(&self, pid: i32) -> Result<(), CgroupError> {
         for path in self.dirs() {
-            fs::write(path.join("cgroup.procs"), pid.to_string())
+            fs::write(path.join(PROCESSES), pid.to_string())
                 .map_err(|source| CgroupError::Add { pid, path, source })?;
         }
         Ok(())
+    }
+
+    /// Moves this process in. It leaves with [`remove`](Self::remove).
+    pub fn join(&self) -> Result<(), CgroupError> {
+        HOME.get_or_init(own_cgroup);
+        self.add(std::process::id().cast_signed())
+    }
+
+    /// Moves this process out, so that it does not end with what is killed there.
+    fn leave(&self) {
+        let own = std::process::id();
+        for hierarchy in &self.hierarchies {
+            if hierarchy.holds(&self.path, own) {
+                send_home(hierarchy, own);
+            }
+        }
     }
 
     /// How many processes in it the host's kernel has killed for want of memory, the cgroup's own or the host's.
@@ -115,7 +138,9 @@ impl SandboxCgroup {
     }
 
     /// Kills what is left in the cgroup and removes it with all in it. A cgroup that is gone is no error. Blocks for some milliseconds.
+    /// This process is not killed: it goes home first.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        self.leave();
         let deadline = Instant::now() + REMOVE_DEADLINE;
         for hierarchy in &self.hierarchies {
             let path = hierarchy.directory(&self.path);
@@ -139,6 +164,26 @@ impl SandboxCgroup {
     }
 }
 
+/// Moves a child of this process to where this one was before it joined a sandbox's cgroup: it is not the sandbox's, and may outlive it.
+pub fn let_out(pid: u32) {
+    if HOME.get().is_some() {
+        for hierarchy in hierarchy::mounted() {
+            send_home(&hierarchy, pid);
+        }
+    }
+}
+
+fn send_home(hierarchy: &Hierarchy, pid: u32) {
+    let home = HOME.get().map_or("", String::as_str);
+    if let Err(error) = hierarchy.send(pid, home) {
+        tracing::warn!(pid, %error, "a process stays in the sandbox's cgroup");
+    }
+}
+
+fn own_cgroup() -> String {
+    fs::read_to_string("/proc/self/cgroup").unwrap_or_default()
+}
+
 /// Tries to remove a cgroup that may be gone, and those in it.
 fn remove_tree(dir: &Path) -> io::Result<()> {
     kill_all(dir);
@@ -157,7 +202,7 @@ fn kill_all(dir: &Path) {
     if fs::write(dir.join("cgroup.kill"), "1").is_ok() {
         return;
     }
-    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let procs = fs::read_to_string(dir.join(PROCESSES)).unwrap_or_default();
     for pid in procs.lines().filter_map(|line| line.parse().ok()) {
         match kill(Pid::from_raw(pid), Signal::SIGKILL) {
             Ok(()) | Err(Errno::ESRCH) => {}
@@ -180,6 +225,27 @@ mod tests {
         assert!(second.dirs().all(|dir| dir.is_dir()));
         second.remove().unwrap();
         assert!(second.dirs().all(|dir| !dir.exists()));
+    }
+
+    #[test]
+    fn who_joined_goes_home_with_the_cgroup_and_so_does_a_child_that_is_let_out() {
+        let path = CgroupPath::parse(&format!("/coffer-test-join-{}", std::process::id()));
+        let cgroup = SandboxCgroup::create(&path.unwrap()).unwrap();
+        let home = own_cgroup();
+        cgroup.join().unwrap();
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let within = |pid: u32| {
+            let mut hierarchies = cgroup.hierarchies.iter();
+            hierarchies.all(|hierarchy| hierarchy.holds(&cgroup.path, pid))
+        };
+        assert!(within(std::process::id()) && within(child.id()));
+        let_out(child.id());
+        cgroup.remove().unwrap();
+        assert_eq!(own_cgroup(), home);
+        assert!(child.try_wait().unwrap().is_none(), "the child was killed");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(cgroup.dirs().all(|dir| !dir.exists()));
     }
 
     #[test]

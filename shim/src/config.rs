@@ -266,6 +266,7 @@ impl Config {
                 count: self.uid_count,
             },
             cgroup: None,
+            joins_cgroup: false,
             namespace: String::new(),
         }
     }

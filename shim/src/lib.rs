@@ -17,6 +17,7 @@
 //! - [`mirror`](mod@mirror): volumes of which the guest has a copy, for the sake of inotify.
 //! - [`network`]: the pod's network namespace, carried into the VM.
 //! - [`cgroup`]: the host cgroup of the sandbox.
+//! - [`oom_score`]: whom the host's kernel ends for want of memory.
 //! - [`hooks`]: programs of the host that a container's spec names.
 //! - [`image`]: container images on disk.
 //! - [`crash`]: where a test build may be told to die.
@@ -41,6 +42,7 @@ pub mod machine;
 pub mod mirror;
 pub mod mount_points;
 pub mod network;
+pub mod oom_score;
 pub mod parked;
 pub mod removal;
 pub mod sandbox;

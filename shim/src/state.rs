@@ -283,6 +283,7 @@ pub(crate) mod tests {
             debug: false,
             uids: UidRange::default(),
             cgroup: None,
+            joins_cgroup: false,
             namespace: String::new(),
         }
     }

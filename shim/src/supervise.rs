@@ -5,6 +5,7 @@ use crate::containerd::publisher::{FLUSH_DEADLINE, Publisher};
 use crate::lease;
 use crate::machine::child::ProcessId;
 use crate::machine::{SandboxOptions, task_socket};
+use crate::oom_score;
 use crate::sandbox::Sandbox;
 use crate::state::{State, StateError, StateFile};
 use crate::task::TaskService;
@@ -61,6 +62,7 @@ pub async fn supervise(
     publisher: Option<Publisher>,
 ) -> Result<(), SuperviseError> {
     let (root, id) = (options.root.clone(), options.id.clone());
+    oom_score::spare_this_process();
     let state = claim(&options)?;
     let served = serve(options, state, ready, publisher).await;
     let cleaned = tokio::task::spawn_blocking(move || cleanup::cleanup(&root, &id)).await;

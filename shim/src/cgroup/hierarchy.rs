@@ -6,6 +6,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// Lists a cgroup's processes; a pid written to it moves that process in, with all its threads.
+pub(super) const PROCESSES: &str = "cgroup.procs";
 /// The v1 hierarchies a sandbox joins, where they are mounted, and the file of each that limits.
 const V1_CONTROLLERS: [(&str, &[&str]); 4] = [
     ("cpu", &["cpu.cfs_quota_us"]),
@@ -54,7 +56,7 @@ pub(super) fn mounted() -> Vec<Hierarchy> {
             controller: Some(name),
             limits,
         })
-        .filter(|hierarchy| hierarchy.root.join("cgroup.procs").exists())
+        .filter(|hierarchy| hierarchy.root.join(PROCESSES).exists())
         .collect()
 }
 
@@ -98,17 +100,37 @@ impl Hierarchy {
         }
     }
 
-    /// Whether a process with this `/proc/<pid>/cgroup` has a limit here, set on its cgroup or on one above.
-    pub(super) fn confines(&self, proc_cgroup: &str) -> bool {
-        // "4:cpu,cpuacct:/path", in v2 "0::/path"; a path above the root of a cgroup namespace begins with "/..".
-        let path = proc_cgroup.lines().find_map(|line| {
+    /// Where a process with this `/proc/<pid>/cgroup` is: it has "4:cpu,cpuacct:/path", in v2 "0::/path". A path above the root of a
+    /// cgroup namespace begins with "/..".
+    fn path_in<'a>(&self, proc_cgroup: &'a str) -> Option<&'a str> {
+        proc_cgroup.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
             let here = match self.controller {
                 None => controllers.is_empty(),
                 Some(name) => controllers.split(',').any(|other| other == name),
             };
             here.then_some(path)
-        });
+        })
+    }
+
+    /// Moves a process to where one with this `/proc/<pid>/cgroup` is, or to the root where that is gone.
+    pub(super) fn send(&self, pid: u32, proc_cgroup: &str) -> io::Result<()> {
+        let path = self.path_in(proc_cgroup).unwrap_or("/");
+        let cgroup = self.root.join(path.trim_start_matches('/'));
+        let pid = pid.to_string();
+        fs::write(cgroup.join(PROCESSES), &pid)
+            .or_else(|_| fs::write(self.root.join(PROCESSES), &pid))
+    }
+
+    /// Whether a process is in this cgroup, and not in one below it.
+    pub(super) fn holds(&self, cgroup: &CgroupPath, pid: u32) -> bool {
+        let pids = fs::read_to_string(self.directory(cgroup).join(PROCESSES)).unwrap_or_default();
+        pids.lines().any(|line| line.parse() == Ok(pid))
+    }
+
+    /// Whether a process with this `/proc/<pid>/cgroup` has a limit here, set on its cgroup or on one above.
+    pub(super) fn confines(&self, proc_cgroup: &str) -> bool {
+        let path = self.path_in(proc_cgroup);
         let Some(path) = path.and_then(|path| path.strip_prefix('/')) else {
             return false;
         };

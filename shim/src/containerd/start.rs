@@ -113,6 +113,7 @@ pub fn start(args: &Args, stdin: &[u8], ttrpc_address: &str) -> Result<Vec<u8>, 
     let order = Order {
         options: SandboxOptions {
             namespace: args.namespace.clone(),
+            joins_cgroup: true,
             ..config.sandbox(id, choice.hypervisor)
         },
         events_address: input.events_address,

@@ -11,6 +11,7 @@
 )]
 
 use super::endpoint::enlarge;
+use crate::cgroup;
 use crate::sandbox::process::ProcessKey;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
@@ -132,6 +133,8 @@ fn spawn(command: &LoggerCommand, key: &ProcessKey, namespace: &str) -> io::Resu
     // SAFETY: the closure calls only dup2, which is async-signal-safe, and allocates nothing on success.
     unsafe { process.pre_exec(move || install(numbers)) };
     let child = process.spawn()?;
+    // It may still write when the sandbox is gone.
+    child.id().into_iter().for_each(cgroup::let_out);
     let senders = [to_stdout, to_stderr].map(pipe::Sender::from_owned_fd);
     let [stdout, stderr] = senders;
     let (stdout, stderr) = (stdout?, stderr?);

@@ -1,5 +1,6 @@
 //! Host processes of a sandbox: how they are started, named across a restart, and ended.
 
+use crate::oom_score;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -90,8 +91,9 @@ fn start_time(stat: &str) -> Option<u64> {
     after_name.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
+/// A descriptor of the process that has this pid now.
 #[allow(unsafe_code)]
-fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
@@ -197,6 +199,7 @@ impl Child {
         if let Some(pipe) = child.stderr.take() {
             tokio::spawn(log_lines(pipe, name.clone(), stderr.clone()));
         }
+        oom_score::offer(pid);
         let id = ProcessId::of(pid).map_err(fail)?;
         let (tx, exit) = watch::channel(None);
         tokio::spawn(async move {

@@ -113,6 +113,10 @@ pub struct SandboxOptions {
     pub uids: UidRange,
     /// The cgroup for the sandbox's processes. None for one that nobody else named (see `cgroup.rs`).
     pub cgroup: Option<CgroupPath>,
+    /// The supervisor joins the sandbox's cgroup if somebody named one, so that the limits of a pod hold for it too. Not that of
+    /// `coffer run`, which ends with its caller's cgroup, nor one that has a unit of systemd's for itself.
+    #[serde(default)]
+    pub joins_cgroup: bool,
     /// containerd's namespace, which loggers are told; empty elsewhere.
     #[serde(default)]
     pub namespace: String,

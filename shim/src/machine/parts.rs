@@ -199,7 +199,11 @@ pub fn create_cgroup(
     let record = |path: CgroupPath| state.update(|state| state.cgroup = Some(path));
     if let Some(path) = named {
         record(path.clone())?;
-        return Ok(Some(SandboxCgroup::create(path)?));
+        let cgroup = SandboxCgroup::create(path)?;
+        if options.joins_cgroup {
+            cgroup.join()?;
+        }
+        return Ok(Some(cgroup));
     }
     let path = CgroupPath::own(&options.id);
     record(path.clone())?;

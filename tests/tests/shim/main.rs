@@ -2,4 +2,5 @@
 
 mod command;
 mod create;
+mod placement;
 mod task;
