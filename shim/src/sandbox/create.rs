@@ -4,7 +4,7 @@ use super::host_hooks::ContainerHooks;
 use super::pod::Admission;
 use super::process::{ProcessKey, StdioPaths};
 use super::rootfs::{self, RootfsMount};
-use super::{Error, OwnNetwork, Sandbox};
+use super::{Error, OwnNetwork, Sandbox, on_host};
 use crate::agent;
 use crate::crash;
 use crate::io::{Endpoints, ProcessIo, StdioError};
@@ -77,13 +77,7 @@ impl Sandbox {
         let key = ProcessKey::init(new.id.clone());
         self.record_container(&new)?;
         crash::point("create.recorded");
-        let target = new.bundle.join(ROOTFS);
-        if !new.rootfs.is_empty() {
-            rootfs::mount_all(&new.rootfs, &target)?;
-        }
-        crash::point("create.mounted");
-        let bundle = self.load(&new)?;
-        let mut guest = bundle.for_guest(&new.id)?;
+        let (bundle, mut guest) = self.mount_and_read(&new).await?;
         let shared_memory = if self.change(|pod| pod.is_prepared()).await? {
             guest.take_pods_files()
         } else {
@@ -104,7 +98,7 @@ impl Sandbox {
             Admission::Join => self.machine().await?,
         };
         crash::point("create.booted");
-        share(&machine, &new.id, &mut guest).await?;
+        let mut guest = share(&machine, &new.id, guest).await?;
         let disks = machine.attach_disks(&new.id, &guest.block_devices).await?;
         guest.renumber_block_devices(&disks);
         let hooks = std::mem::take(&mut guest.host_hooks);
@@ -216,11 +210,27 @@ impl Sandbox {
             .update(|state| drop(state.containers.insert(new.id.clone(), record)))?)
     }
 
-    /// Reads the bundle and checks that the container belongs here.
-    fn load(&self, new: &NewContainer) -> Result<Bundle, Error> {
-        let bundle = Bundle::load(&new.bundle)?;
+    /// Mounts the container's root where it is not there already, and reads its bundle.
+    async fn mount_and_read(&self, new: &NewContainer) -> Result<(Bundle, GuestSpec), Error> {
+        let new = new.clone();
+        let (bundle, guest) = on_host(move || {
+            if !new.rootfs.is_empty() {
+                rootfs::mount_all(&new.rootfs, &new.bundle.join(ROOTFS))?;
+            }
+            crash::point("create.mounted");
+            let bundle = Bundle::load(&new.bundle)?;
+            let guest = bundle.for_guest(&new.id)?;
+            Ok((bundle, guest))
+        })
+        .await?;
+        self.check_belongs(bundle.spec())?;
+        Ok((bundle, guest))
+    }
+
+    /// Whether the container belongs here, and asks for nothing that is not there.
+    fn check_belongs(&self, spec: &Spec) -> Result<(), Error> {
         let this = self.options().id.as_str();
-        let annotations = bundle.spec().annotations().clone().unwrap_or_default();
+        let annotations = spec.annotations().clone().unwrap_or_default();
         let wanted = SANDBOX_ANNOTATIONS
             .iter()
             .find_map(|name| annotations.get(*name));
@@ -232,8 +242,7 @@ impl Sandbox {
                 this: this.to_owned(),
             });
         }
-        check_annotations(annotations.keys())?;
-        Ok(bundle)
+        check_annotations(annotations.keys())
     }
 
     /// Makes a network namespace on the host, for docker, nerdctl and `ctr run --cni` wire one after Create, by the pid that it gave.
@@ -282,7 +291,7 @@ impl Sandbox {
         {
             tracing::debug!(%key, error = chain(&error), "nothing to delete in the guest");
         }
-        self.remove_from_host(&key.container, machine.as_deref())
+        self.remove_from_host(&key.container, machine.as_ref())
             .await;
         let forgotten = key.clone();
         let empty = self.apply(move |pod| {
@@ -367,29 +376,37 @@ fn pod_of(guest: &GuestSpec, spec: &Spec) -> PodSpec {
     }
 }
 
-/// Shows the container's root and volumes to the guest.
-async fn share(machine: &Machine, id: &ContainerId, guest: &mut GuestSpec) -> Result<(), Error> {
-    if guest.read_only_rootfs {
-        mount_points::make(&guest.rootfs, &guest.mount_points)?;
-    }
-    machine
-        .share
-        .add_rootfs(id, &guest.rootfs, guest.read_only_rootfs)?;
-    for bind in guest.binds.clone() {
-        if bind.mirrored {
-            machine
-                .mirrors
-                .add(&machine.agent, id, bind.index, &bind.source)
-                .await?;
-            continue;
+/// Shows the container's root and volumes to the guest; gives the spec in which they have their places there.
+async fn share(
+    machine: &Arc<Machine>,
+    id: &ContainerId,
+    mut guest: GuestSpec,
+) -> Result<GuestSpec, Error> {
+    let (shown_by, container) = (machine.clone(), id.clone());
+    let guest = on_host(move || {
+        let share = &shown_by.share;
+        if guest.read_only_rootfs {
+            mount_points::make(&guest.rootfs, &guest.mount_points)?;
         }
-        let (source, idmap) = (&bind.source, bind.idmap.as_ref());
-        let shown = machine
-            .share
-            .add_volume(id, source, bind.read_only, idmap)?;
-        guest.place_volume(&bind, shown);
+        share.add_rootfs(&container, &guest.rootfs, guest.read_only_rootfs)?;
+        let mut places = Vec::new();
+        for bind in guest.binds.iter().filter(|bind| !bind.mirrored) {
+            let (source, idmap) = (&bind.source, bind.idmap.as_ref());
+            let shown = share.add_volume(&container, source, bind.read_only, idmap)?;
+            places.push((bind.index, shown));
+        }
+        for (index, shown) in places {
+            guest.place_volume(index, shown);
+        }
+        Ok(guest)
+    })
+    .await?;
+    for bind in guest.binds.iter().filter(|bind| bind.mirrored) {
+        let mirrors = &machine.mirrors;
+        let added = mirrors.add(&machine.agent, id, bind.index, &bind.source);
+        added.await?;
     }
-    Ok(())
+    Ok(guest)
 }
 
 /// The OCI process of an exec as the agent gets it. CRI-O copies the container's process and changes only the request: what that

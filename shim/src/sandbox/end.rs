@@ -1,9 +1,9 @@
 //! How things end: a process of the guest, the VM, a container's traces on the host, the sandbox.
 
-use super::Sandbox;
 use super::events::SandboxState;
 use super::pod::Pod;
 use super::process::{self, Exit, ProcessKey};
+use super::{Sandbox, on_host};
 use crate::agent::{AgentError, Ended};
 use crate::cleanup;
 use crate::crash;
@@ -198,15 +198,15 @@ impl Sandbox {
     }
 
     /// Takes away what a container has on the host.
-    pub(super) async fn remove_from_host(&self, id: &ContainerId, machine: Option<&Machine>) {
+    pub(super) async fn remove_from_host(&self, id: &ContainerId, machine: Option<&Arc<Machine>>) {
         if let Some(machine) = machine {
             machine.mirrors.remove_container(id).await;
             machine.detach_disks(id).await;
-        }
-        if let Some(machine) = machine
-            && let Err(error) = machine.share.remove_container(id)
-        {
-            tracing::error!(container = %id, error = chain(&error), "a mount of the container is left until the sandbox stops");
+            let (machine, container) = (machine.clone(), id.clone());
+            let removed = on_host(move || Ok(machine.share.remove_container(&container)?));
+            if let Err(error) = removed.await {
+                tracing::error!(container = %id, error = chain(&error), "a mount of the container is left until the sandbox stops");
+            }
         }
         let mounted = self
             .shared
@@ -215,7 +215,9 @@ impl Sandbox {
             .containers
             .get(id)
             .and_then(|container| container.mounted_rootfs.clone());
-        if let Some(Err(error)) = mounted.as_deref().map(cleanup::unmount) {
+        if let Some(rootfs) = mounted
+            && let Err(error) = on_host(move || Ok(cleanup::unmount(&rootfs)?)).await
+        {
             tracing::error!(container = %id, error = chain(&error), "the container's root is left mounted");
             return;
         }

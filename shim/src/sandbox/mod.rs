@@ -231,3 +231,12 @@ impl Sandbox {
             .unwrap_or_default()
     }
 }
+
+/// Runs work on file systems of the host, which may be slow or, as NFS, not answer at all, where no other task waits behind it.
+async fn on_host<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    // It is given up only where the runtime ends before it begins.
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or(Err(Error::Ending))
+}

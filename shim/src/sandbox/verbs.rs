@@ -151,7 +151,7 @@ impl Sandbox {
             let _ = timeout(DRAIN_BEFORE_DELETE, io.drained()).await;
         }
         if key.exec.is_none() {
-            self.remove_from_host(&key.container, machine.as_deref())
+            self.remove_from_host(&key.container, machine.as_ref())
                 .await;
         }
         crash::point("delete.on-host");

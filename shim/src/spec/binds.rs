@@ -136,9 +136,9 @@ fn make_huge_pages(mount: &mut Mount, meta: &fs::Metadata, page_size: u64) {
 
 impl GuestSpec {
     /// Says where the share shows a volume.
-    pub fn place_volume(&mut self, bind: &Bind, path: String) {
+    pub fn place_volume(&mut self, index: usize, path: String) {
         let mounts = self.spec.mounts_mut().as_mut();
-        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(bind.index)) {
+        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(index)) {
             mount.set_source(Some(path.into()));
         }
     }

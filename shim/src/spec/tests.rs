@@ -58,7 +58,7 @@ fn the_host_side_is_taken_out() {
     assert_eq!(guest.hostname.as_deref(), Some("web"));
     assert_eq!(guest.host_hooks.prestart.len(), 1);
     let shown = "/run/coffer/share/.volumes/7";
-    guest.place_volume(&guest.binds[0].clone(), shown.to_owned());
+    guest.place_volume(guest.binds[0].index, shown.to_owned());
 
     let spec: Value = serde_json::from_slice(&guest.to_json()).unwrap();
     assert_eq!(spec["root"]["path"], "/run/coffer/share/c1/rootfs");
