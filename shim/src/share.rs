@@ -10,13 +10,14 @@
 //! coffer-fsd serves `share`. Its top is read-only, so the guest's root can't put a symlink where the shim would
 //! later mount something; the bind mounts on top carry their own read-only flag, so the host enforces a read-only volume whatever
 //! the guest does. Propagation brings mounts that are added later into coffer-fsd's mount namespace.
-//! A source is opened once and then mounted by fd (open_tree, move_mount), never by a path that could change meanwhile.
+//! A source is opened once and then mounted by fd ([`coffer_mount`]), never by a path that could change meanwhile.
 
 mod idmap;
 mod volumes;
 
 pub use idmap::IdMap;
 
+use coffer_mount::{Attributes, Change, Depth, Propagation};
 use coffer_proto::ids::ContainerId;
 use coffer_proto::limits::{SHARE_DIR, VOLUMES};
 use nix::errno::Errno;
@@ -24,7 +25,7 @@ use nix::mount::{MntFlags, umount2};
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
@@ -70,7 +71,7 @@ impl Share {
         for dir in [share.points(), share.served()] {
             make_dir(&dir)?;
         }
-        let attributes = Attributes {
+        let options = Options {
             read_only: true,
             no_symlinks: true,
             shared: true,
@@ -80,8 +81,8 @@ impl Share {
             &share.points(),
             open(&share.points())?.as_fd(),
             &share.served(),
-            &attributes,
-            false,
+            &options,
+            Depth::One,
         )?;
         Ok(share)
     }
@@ -173,17 +174,22 @@ impl Share {
             path: source.to_owned(),
             source: error,
         })?;
-        let attributes = Attributes {
+        let depth = if kind.is_dir() {
+            Depth::Recursive
+        } else {
+            Depth::One
+        };
+        let options = Options {
             read_only,
             owners,
-            ..Attributes::default()
+            ..Options::default()
         };
         mount(
             source,
             opened.as_fd(),
             &self.served().join(within),
-            &attributes,
-            kind.is_dir(),
+            &options,
+            depth,
         )?;
         Ok(in_guest(within))
     }
@@ -255,7 +261,7 @@ fn make_dir(path: &Path) -> Result<(), ShareError> {
 
 /// What is set on a mount besides nodev and nosuid, which all of them have.
 #[derive(Debug, Default)]
-struct Attributes {
+struct Options {
     read_only: bool,
     no_symlinks: bool,
     shared: bool,
@@ -268,109 +274,33 @@ fn mount(
     source_path: &Path,
     source: BorrowedFd<'_>,
     target: &Path,
-    attributes: &Attributes,
-    recursive: bool,
+    options: &Options,
+    depth: Depth,
 ) -> Result<(), ShareError> {
-    let fail = |source| ShareError::Mount {
+    let fail = |source: Errno| ShareError::Mount {
         source_path: source_path.to_owned(),
         target: target.to_owned(),
-        source,
+        source: source.into(),
     };
-    let tree = open_tree(source, recursive).map_err(fail)?;
-    let mut set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if attributes.read_only {
-        set |= libc::MOUNT_ATTR_RDONLY;
+    let tree = coffer_mount::clone_tree(source, depth).map_err(fail)?;
+    let mut set = Attributes::NODEV | Attributes::NOSUID;
+    set.set(Attributes::RDONLY, options.read_only);
+    set.set(Attributes::NOSYMFOLLOW, options.no_symlinks);
+    let private = Change {
+        set,
+        propagation: Some(Propagation::Private),
+        ..Change::default()
+    };
+    coffer_mount::change(&tree, depth, private).map_err(fail)?;
+    if let Some((namespace, below)) = &options.owners {
+        let depth = if *below { depth } else { Depth::One };
+        coffer_mount::map_owners(&tree, depth, namespace).map_err(fail)?;
     }
-    if attributes.no_symlinks {
-        set |= libc::MOUNT_ATTR_NOSYMFOLLOW;
-    }
-    set_attributes(tree.as_fd(), set, libc::MS_PRIVATE, recursive).map_err(fail)?;
-    if let Some((namespace, below)) = &attributes.owners {
-        let attributes = libc::mount_attr {
-            attr_set: libc::MOUNT_ATTR_IDMAP,
-            attr_clr: 0,
-            propagation: 0,
-            userns_fd: u64::try_from(namespace.as_raw_fd()).unwrap_or_default(),
-        };
-        mount_setattr(tree.as_fd(), &attributes, recursive && *below).map_err(fail)?;
-    }
-    let point = open(target)?;
-    move_mount(tree.as_fd(), point.as_fd()).map_err(fail)?;
-    if attributes.shared {
+    coffer_mount::attach(&tree, open(target)?).map_err(fail)?;
+    if options.shared {
         // Only now: a tree that is shared before it is attached would join its source's peers.
-        set_attributes(open(target)?.as_fd(), 0, libc::MS_SHARED, false).map_err(fail)?;
+        coffer_mount::change(open(target)?, Depth::One, Propagation::Shared).map_err(fail)?;
     }
-    Ok(())
-}
-
-/// Clones the mounts at a place, unattached.
-#[allow(unsafe_code)]
-pub(crate) fn open_tree(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as u32;
-    if recursive {
-        flags |= libc::AT_RECURSIVE as u32;
-    }
-    // SAFETY: the fd is open for the call and the path is an empty C string.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Sets `MOUNT_ATTR_*` flags and the propagation of a mount, or of all below it too.
-pub(crate) fn set_attributes(
-    tree: BorrowedFd<'_>,
-    set: u64,
-    propagation: u64,
-    recursive: bool,
-) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: 0,
-        propagation,
-        userns_fd: 0,
-    };
-    mount_setattr(tree, &attributes, recursive)
-}
-
-#[allow(unsafe_code)]
-fn mount_setattr(
-    tree: BorrowedFd<'_>,
-    attributes: &libc::mount_attr,
-    recursive: bool,
-) -> io::Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: fd and struct are valid for the call, and the size given is the struct's.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            std::ptr::from_ref(attributes),
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    Errno::result(result)?;
-    Ok(())
-}
-
-/// Attaches an unattached tree on a place.
-#[allow(unsafe_code)]
-pub(crate) fn move_mount(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
-    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
-    // SAFETY: both fds are open for the call and the paths are empty C strings.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            target.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-        )
-    };
-    Errno::result(result)?;
     Ok(())
 }
 

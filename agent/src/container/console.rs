@@ -4,13 +4,13 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use coffer_mount::Depth;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use nix::sys::statfs::fstatfs;
 
 use super::failure::{Failure, at};
-use super::mount_api::{self, Depth};
 use super::root::Root;
 
 /// f_type of devpts (linux/magic.h).
@@ -85,8 +85,8 @@ fn resize(master: BorrowedFd<'_>, rows: u16, columns: u16) -> nix::Result<()> {
 pub fn bind_console(root: &Root, slave: BorrowedFd<'_>) -> Result<(), Failure> {
     let step = "mount the terminal on /dev/console";
     let target = root.file(Path::new("/dev/console")).map_err(at(step))?;
-    let tree = mount_api::clone_tree(slave, Depth::One).map_err(at(step))?;
-    mount_api::attach(tree.as_fd(), target.as_fd()).map_err(at(step))
+    let tree = coffer_mount::clone_tree(slave, Depth::One).map_err(at(step))?;
+    coffer_mount::attach(tree, target).map_err(at(step))
 }
 
 /// Makes the terminal the controlling one of the calling session leader.

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use coffer_mount::Depth;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, readlink, readlinkat};
 use nix::sys::stat::{Mode, SFlag, fstat, fstatat, major, makedev, minor, mknodat};
@@ -10,7 +11,6 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
 use super::failure::{Failure, at};
-use super::mount_api::{self, Depth};
 use super::root::{Root, beneath};
 
 /// A node to be made.
@@ -139,7 +139,7 @@ pub fn borrow_from_guest(devices: &[Device]) -> Result<Vec<OwnedFd>, Failure> {
         if !device.is(&fstat(&node)?) {
             return Err(Errno::ENODEV);
         }
-        mount_api::clone_tree(node.as_fd(), Depth::One)
+        coffer_mount::clone_tree(node, Depth::One)
     };
     let borrow = |device: &Device| {
         open(device).map_err(at(format!("take {} from the guest", device.path.display())))
@@ -154,7 +154,7 @@ pub fn make(root: &Root, devices: &[Device], borrowed: &[OwnedFd]) -> Result<(),
             None => device.make(root),
             Some(tree) => root
                 .file(&device.path)
-                .and_then(|target| mount_api::attach(tree.as_fd(), target.as_fd())),
+                .and_then(|target| coffer_mount::attach(tree, target)),
         };
         made.map_err(at(format!("make device {}", device.path.display())))?;
     }

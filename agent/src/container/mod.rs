@@ -25,7 +25,6 @@ mod devices;
 mod failure;
 mod hooks;
 mod huge_pages;
-mod mount_api;
 mod mounts;
 mod namespaces;
 mod options;

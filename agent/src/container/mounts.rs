@@ -9,6 +9,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use coffer_mount::{Attributes, Depth};
 use coffer_proto::limits::{MIRROR_DIR, SHARE_DIR, VOLUMES};
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -19,7 +20,6 @@ use oci_spec::runtime::Mount;
 
 use super::cgroup::CGROUP_ROOT;
 use super::failure::{Failure, at};
-use super::mount_api::{self, Depth, MountAttr};
 use super::options::{self, MountOptions};
 use super::root::{Root, beneath};
 
@@ -153,16 +153,16 @@ pub fn prepare(id: &str, mounts: &[Mount], cgroup_namespace: bool) -> Result<Tre
                 let source = Source::of(id, source(mount))
                     .ok_or_else(|| Failure::new(step(), "not a path of this container"))?;
                 let opened = source.open(id).map_err(at(step()))?;
-                mount_api::clone_tree(opened.as_fd(), depth).map_err(at(step()))?
+                coffer_mount::clone_tree(opened, depth).map_err(at(step()))?
             }
             Kind::Cgroup if !cgroup_namespace => {
                 let path = Path::new(CGROUP_ROOT).join(id);
                 let opened =
                     nix::fcntl::open(&path, OFlag::O_PATH, Mode::empty()).map_err(at(step()))?;
-                mount_api::clone_tree(opened.as_fd(), Depth::One).map_err(at(step()))?
+                coffer_mount::clone_tree(opened, Depth::One).map_err(at(step()))?
             }
             Kind::Sysfs | Kind::Mqueue | Kind::Hugetlbfs => {
-                mount_api::new_mount(kind.file_system(), &options.parameters, options.attr.set)
+                coffer_mount::new_mount(kind.file_system(), &options.parameters, options.change.set)
                     .map_err(at(step()))?
             }
             _ => continue,
@@ -178,8 +178,12 @@ pub fn prepare_proc(mounts: &[Mount], trees: &mut Trees) -> Result<(), Failure> 
     for (i, mount) in mounts.iter().enumerate() {
         let (kind, options) = parse(i, mount)?;
         if kind == Kind::Proc {
-            let tree = mount_api::new_mount(kind.file_system(), &options.parameters, 0)
-                .map_err(at(format!("mounts[{i}]: make proc for {}", target(mount))))?;
+            let tree = coffer_mount::new_mount(
+                kind.file_system(),
+                &options.parameters,
+                Attributes::empty(),
+            )
+            .map_err(at(format!("mounts[{i}]: make proc for {}", target(mount))))?;
             trees.insert(i, tree);
         }
     }
@@ -239,17 +243,12 @@ fn mount_one(
         copy_directory(target.as_fd(), tree, 0)
             .map_err(at("copy the directory below (tmpcopyup)"))?;
     }
-    mount_api::set_attr(tree, Depth::One, &options.attr).map_err(at("set the options"))?;
-    mount_api::set_attr(tree, Depth::Recursive, &options.recursive_attr)
+    coffer_mount::change(tree, Depth::One, options.change).map_err(at("set the options"))?;
+    coffer_mount::change(tree, Depth::Recursive, options.recursive_change)
         .map_err(at("set the recursive options"))?;
-    mount_api::attach(tree, target.as_fd()).map_err(at("attach"))?;
-    for (depth, flags) in &options.propagation {
-        let propagation = flags.bits();
-        let attr = MountAttr {
-            propagation,
-            ..MountAttr::default()
-        };
-        mount_api::set_attr(tree, *depth, &attr).map_err(at("set the propagation"))?;
+    coffer_mount::attach(tree, &target).map_err(at("attach"))?;
+    for (depth, propagation) in &options.propagation {
+        coffer_mount::change(tree, *depth, *propagation).map_err(at("set the propagation"))?;
     }
     Ok(())
 }
@@ -266,7 +265,8 @@ fn new_file_system(
         parameters.push(("mode".into(), Some(format!("{mode:o}"))));
     }
     // Read-only comes afterwards, for tmpcopyup writes first.
-    mount_api::new_mount(kind.file_system(), &parameters, 0).map_err(at("make the file system"))
+    coffer_mount::new_mount(kind.file_system(), &parameters, Attributes::empty())
+        .map_err(at("make the file system"))
 }
 
 /// The kind and options of entry `i`, which validation has already seen.

@@ -1,12 +1,6 @@
 //! Mount options of the OCI spec, as flags of the mount system calls.
 
-use nix::mount::MsFlags;
-
-use super::mount_api::{
-    Depth, MOUNT_ATTR_ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME,
-    MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY,
-    MOUNT_ATTR_STRICTATIME, MountAttr,
-};
+use coffer_mount::{Attributes, Change, Depth, Propagation};
 
 /// The options of one mount, parsed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -14,11 +8,11 @@ pub struct MountOptions {
     /// `bind` or `rbind`.
     pub bind: Option<Depth>,
     /// For the mount itself.
-    pub attr: MountAttr,
+    pub change: Change,
     /// For it and all below it: `rro` and its like.
-    pub recursive_attr: MountAttr,
+    pub recursive_change: Change,
     /// Applied in this order after the mount is attached.
-    pub propagation: Vec<(Depth, MsFlags)>,
+    pub propagation: Vec<(Depth, Propagation)>,
     /// Copies what the mount will hide into the new tmpfs.
     pub copy_up: bool,
     /// What only the file system understands.
@@ -26,37 +20,37 @@ pub struct MountOptions {
 }
 
 /// Option, whether it sets or clears, and what.
-const ATTRIBUTES: &[(&str, bool, u64)] = &[
-    ("ro", true, MOUNT_ATTR_RDONLY),
-    ("rw", false, MOUNT_ATTR_RDONLY),
-    ("nosuid", true, MOUNT_ATTR_NOSUID),
-    ("suid", false, MOUNT_ATTR_NOSUID),
-    ("nodev", true, MOUNT_ATTR_NODEV),
-    ("dev", false, MOUNT_ATTR_NODEV),
-    ("noexec", true, MOUNT_ATTR_NOEXEC),
-    ("exec", false, MOUNT_ATTR_NOEXEC),
-    ("nodiratime", true, MOUNT_ATTR_NODIRATIME),
-    ("diratime", false, MOUNT_ATTR_NODIRATIME),
-    ("nosymfollow", true, MOUNT_ATTR_NOSYMFOLLOW),
-    ("symfollow", false, MOUNT_ATTR_NOSYMFOLLOW),
-    ("noatime", true, MOUNT_ATTR_NOATIME),
-    ("strictatime", true, MOUNT_ATTR_STRICTATIME),
+const ATTRIBUTES: &[(&str, bool, Attributes)] = &[
+    ("ro", true, Attributes::RDONLY),
+    ("rw", false, Attributes::RDONLY),
+    ("nosuid", true, Attributes::NOSUID),
+    ("suid", false, Attributes::NOSUID),
+    ("nodev", true, Attributes::NODEV),
+    ("dev", false, Attributes::NODEV),
+    ("noexec", true, Attributes::NOEXEC),
+    ("exec", false, Attributes::NOEXEC),
+    ("nodiratime", true, Attributes::NODIRATIME),
+    ("diratime", false, Attributes::NODIRATIME),
+    ("nosymfollow", true, Attributes::NOSYMFOLLOW),
+    ("symfollow", false, Attributes::NOSYMFOLLOW),
+    ("noatime", true, Attributes::NOATIME),
+    ("strictatime", true, Attributes::STRICTATIME),
     // The rest is the kernel's default, relatime, which is 0.
-    ("relatime", false, MOUNT_ATTR_ATIME),
-    ("atime", false, MOUNT_ATTR_ATIME),
-    ("norelatime", false, MOUNT_ATTR_ATIME),
-    ("nostrictatime", false, MOUNT_ATTR_ATIME),
+    ("relatime", false, Attributes::ATIME),
+    ("atime", false, Attributes::ATIME),
+    ("norelatime", false, Attributes::ATIME),
+    ("nostrictatime", false, Attributes::ATIME),
 ];
 
-const PROPAGATION: &[(&str, Depth, MsFlags)] = &[
-    ("shared", Depth::One, MsFlags::MS_SHARED),
-    ("rshared", Depth::Recursive, MsFlags::MS_SHARED),
-    ("slave", Depth::One, MsFlags::MS_SLAVE),
-    ("rslave", Depth::Recursive, MsFlags::MS_SLAVE),
-    ("private", Depth::One, MsFlags::MS_PRIVATE),
-    ("rprivate", Depth::Recursive, MsFlags::MS_PRIVATE),
-    ("unbindable", Depth::One, MsFlags::MS_UNBINDABLE),
-    ("runbindable", Depth::Recursive, MsFlags::MS_UNBINDABLE),
+const PROPAGATION: &[(&str, Depth, Propagation)] = &[
+    ("shared", Depth::One, Propagation::Shared),
+    ("rshared", Depth::Recursive, Propagation::Shared),
+    ("slave", Depth::One, Propagation::Slave),
+    ("rslave", Depth::Recursive, Propagation::Slave),
+    ("private", Depth::One, Propagation::Private),
+    ("rprivate", Depth::Recursive, Propagation::Private),
+    ("unbindable", Depth::One, Propagation::Unbindable),
+    ("runbindable", Depth::Recursive, Propagation::Unbindable),
 ];
 
 /// They change nothing: the kernel's default, or only how loud it is.
@@ -66,11 +60,11 @@ const WITHOUT_EFFECT: &[&str] = &["defaults", "silent", "loud"];
 const REFUSED: &[&str] = &["remount", "idmap", "ridmap", "iversion", "noiversion"];
 
 /// The propagation an option or `linux.rootfsPropagation` names.
-pub fn propagation(name: &str) -> Option<(Depth, MsFlags)> {
+pub fn propagation(name: &str) -> Option<(Depth, Propagation)> {
     PROPAGATION
         .iter()
         .find(|(n, ..)| *n == name)
-        .map(|(_, depth, flags)| (*depth, *flags))
+        .map(|(_, depth, propagation)| (*depth, *propagation))
 }
 
 /// Parses; the error is the option that can't be honoured.
@@ -78,9 +72,9 @@ pub fn parse<S: AsRef<str>>(options: &[S]) -> Result<MountOptions, String> {
     let mut parsed = MountOptions::default();
     for option in options.iter().map(AsRef::as_ref) {
         if let Some(found) = attribute(option) {
-            change(&mut parsed.attr, found);
+            apply(&mut parsed.change, found);
         } else if let Some(found) = option.strip_prefix('r').and_then(attribute) {
-            change(&mut parsed.recursive_attr, found);
+            apply(&mut parsed.recursive_change, found);
         } else if let Some(found) = propagation(option) {
             parsed.propagation.push(found);
         } else if REFUSED.contains(&option) {
@@ -101,7 +95,7 @@ pub fn parse<S: AsRef<str>>(options: &[S]) -> Result<MountOptions, String> {
     }
 }
 
-fn attribute(option: &str) -> Option<(bool, u64)> {
+fn attribute(option: &str) -> Option<(bool, Attributes)> {
     ATTRIBUTES
         .iter()
         .find(|(name, ..)| *name == option)
@@ -109,20 +103,21 @@ fn attribute(option: &str) -> Option<(bool, u64)> {
 }
 
 /// A later option wins over an earlier one.
-fn change(attr: &mut MountAttr, (set, flag): (bool, u64)) {
+fn apply(change: &mut Change, (set, attribute): (bool, Attributes)) {
     // The access time modes are one field: it is cleared as a whole before one is set.
-    let field = if flag & MOUNT_ATTR_ATIME == 0 {
-        flag
+    let is_mode = attribute.intersects(Attributes::ATIME);
+    let field = if is_mode {
+        Attributes::ATIME
     } else {
-        MOUNT_ATTR_ATIME
+        attribute
     };
-    attr.set &= !field;
-    attr.clear &= !field;
+    change.set.remove(field);
+    change.clear.remove(field);
     if set {
-        attr.set |= flag;
+        change.set |= attribute;
     }
-    if !set || field == MOUNT_ATTR_ATIME {
-        attr.clear |= field;
+    if !set || is_mode {
+        change.clear |= field;
     }
 }
 
@@ -139,30 +134,36 @@ mod tests {
 
     #[test]
     fn a_later_option_wins() {
-        let attr = parse(&["ro", "nosuid", "rw"]).unwrap().attr;
+        let change = parse(&["ro", "nosuid", "rw"]).unwrap().change;
         assert_eq!(
-            (attr.set, attr.clear),
-            (MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY)
+            (change.set, change.clear),
+            (Attributes::NOSUID, Attributes::RDONLY)
         );
     }
 
     #[test]
     fn access_time_is_one_field() {
-        let attr = parse(&["noatime", "strictatime"]).unwrap().attr;
+        let change = parse(&["noatime", "strictatime"]).unwrap().change;
         assert_eq!(
-            (attr.set, attr.clear),
-            (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR_ATIME)
+            (change.set, change.clear),
+            (Attributes::STRICTATIME, Attributes::ATIME)
         );
-        let attr = parse(&["noatime", "relatime"]).unwrap().attr;
-        assert_eq!((attr.set, attr.clear), (0, MOUNT_ATTR_ATIME));
+        let change = parse(&["noatime", "relatime"]).unwrap().change;
+        assert_eq!(
+            (change.set, change.clear),
+            (Attributes::empty(), Attributes::ATIME)
+        );
     }
 
     #[test]
     fn recursive_options_are_kept_apart() {
         let parsed = parse(&["rbind", "rro", "relatime"]).unwrap();
         assert_eq!(parsed.bind, Some(Depth::Recursive));
-        assert_eq!(parsed.recursive_attr.set, MOUNT_ATTR_RDONLY);
-        assert_eq!((parsed.attr.set, parsed.attr.clear), (0, MOUNT_ATTR_ATIME));
+        assert_eq!(parsed.recursive_change.set, Attributes::RDONLY);
+        assert_eq!(
+            (parsed.change.set, parsed.change.clear),
+            (Attributes::empty(), Attributes::ATIME)
+        );
     }
 
     #[test]

@@ -7,16 +7,16 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use coffer_mount::{Attributes, Depth, Propagation};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use nix::unistd::{chdir, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, Spec};
 
 use super::devices::{self, Device};
 use super::failure::{Failure, at};
-use super::mount_api::{self, Depth, MOUNT_ATTR_RDONLY, MountAttr};
 use super::mounts::{self, Source, Trees};
 use super::root::Root;
 use super::{console, options};
@@ -45,14 +45,9 @@ pub fn prepare(id: &str, spec: &Spec, cgroup: bool, user: bool) -> Result<Prepar
     if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
         return Err(at(step)(Errno::ENOTDIR));
     }
-    let root =
-        mount_api::clone_tree(opened.as_fd(), Depth::Recursive).map_err(at(step.as_str()))?;
+    let root = coffer_mount::clone_tree(opened, Depth::Recursive).map_err(at(step.as_str()))?;
     // pivot_root refuses a shared root; as a slave it still sees what is mounted in the guest later.
-    let slave = MountAttr {
-        propagation: MsFlags::MS_SLAVE.bits(),
-        ..MountAttr::default()
-    };
-    mount_api::set_attr(root.as_fd(), Depth::Recursive, &slave).map_err(at(step))?;
+    coffer_mount::change(&root, Depth::Recursive, Propagation::Slave).map_err(at(step))?;
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let own = spec
         .linux()
@@ -78,13 +73,9 @@ pub fn enter(spec: &Spec, prepared: &mut Prepared) -> Result<Root, Failure> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     mounts::prepare_proc(mounts, &mut prepared.trees)?;
     let guest = Root::current().map_err(at("open the guest's root"))?;
-    let private = MountAttr {
-        propagation: MsFlags::MS_PRIVATE.bits(),
-        ..MountAttr::default()
-    };
-    mount_api::set_attr(guest.fd(), Depth::Recursive, &private)
+    coffer_mount::change(guest.fd(), Depth::Recursive, Propagation::Private)
         .map_err(at("make mounts private"))?;
-    mount_api::attach(prepared.root.as_fd(), guest.fd()).map_err(at("attach the root"))?;
+    coffer_mount::attach(&prepared.root, guest.fd()).map_err(at("attach the root"))?;
     fchdir(&prepared.root).map_err(at("enter the root"))?;
     // The old root ends up on top of the new one, and "." is what leads to it there (pivot_root(2), NOTES).
     pivot_root(".", ".").map_err(at("pivot_root"))?;
@@ -157,13 +148,9 @@ fn make_read_only(root: &Root, path: &Path) -> nix::Result<()> {
     let Some(target) = existing(root, path)? else {
         return Ok(());
     };
-    let tree = mount_api::clone_tree(target.as_fd(), Depth::Recursive)?;
-    let attr = MountAttr {
-        set: MOUNT_ATTR_RDONLY,
-        ..MountAttr::default()
-    };
-    mount_api::set_attr(tree.as_fd(), Depth::Recursive, &attr)?;
-    mount_api::attach(tree.as_fd(), target.as_fd())
+    let tree = coffer_mount::clone_tree(&target, Depth::Recursive)?;
+    coffer_mount::change(&tree, Depth::Recursive, Attributes::RDONLY)?;
+    coffer_mount::attach(tree, target)
 }
 
 /// A directory becomes an empty one that takes nothing, anything else becomes /dev/null.
@@ -175,13 +162,13 @@ fn mask(root: &Root, path: &Path) -> std::io::Result<()> {
     let cover = if is_directory {
         let parameters = [("nr_blocks", "1"), ("nr_inodes", "1"), ("mode", "755")];
         let parameters = parameters.map(|(k, v)| (k.to_owned(), Some(v.to_owned())));
-        mount_api::new_mount(c"tmpfs", &parameters, MOUNT_ATTR_RDONLY)?
+        coffer_mount::new_mount(c"tmpfs", &parameters, Attributes::RDONLY)?
     } else {
         let null = root.open(Path::new("/dev/null"), OFlag::O_PATH)?;
         check_is_null(null.as_fd())?;
-        mount_api::clone_tree(null.as_fd(), Depth::One)?
+        coffer_mount::clone_tree(null, Depth::One)?
     };
-    Ok(mount_api::attach(cover.as_fd(), target.as_fd())?)
+    Ok(coffer_mount::attach(cover, target)?)
 }
 
 /// An image could have put something else there, which would then show instead of what is to be hidden.
@@ -199,22 +186,16 @@ fn finish_root(root: &Root, spec: &Spec) -> Result<(), Failure> {
         .and_then(oci_spec::runtime::Root::readonly)
         == Some(true)
     {
-        let attr = MountAttr {
-            set: MOUNT_ATTR_RDONLY,
-            ..MountAttr::default()
-        };
-        mount_api::set_attr(root.fd(), Depth::One, &attr).map_err(at("make the root read-only"))?;
+        coffer_mount::change(root.fd(), Depth::One, Attributes::RDONLY)
+            .map_err(at("make the root read-only"))?;
     }
     let name = spec
         .linux()
         .as_ref()
         .and_then(|linux| linux.rootfs_propagation().as_deref());
-    if let Some((depth, flags)) = name.and_then(options::propagation) {
-        let attr = MountAttr {
-            propagation: flags.bits(),
-            ..MountAttr::default()
-        };
-        mount_api::set_attr(root.fd(), depth, &attr).map_err(at("set linux.rootfsPropagation"))?;
+    if let Some((depth, propagation)) = name.and_then(options::propagation) {
+        coffer_mount::change(root.fd(), depth, propagation)
+            .map_err(at("set linux.rootfsPropagation"))?;
     }
     Ok(())
 }

@@ -14,6 +14,7 @@
 #![allow(unsafe_code)]
 
 use caps::{CapSet, Capability, CapsHashSet};
+use coffer_mount::{Attributes, Depth};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -21,12 +22,9 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fchdir, fork, pivot_root};
-use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
 use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
@@ -123,15 +121,20 @@ pub fn enter(share: &Path) -> Result<File, Error> {
     )
     .map_err(step("make the mounts slaves"))?;
 
-    let proc_self_fd = clone_tree(c"/proc/self/fd", 0).map_err(step("open /proc/self/fd"))?;
-    let path = CString::new(share.as_os_str().as_bytes())
-        .map_err(io::Error::other)
-        .map_err(step("use a path with a zero byte"))?;
-    let root = clone_tree(&path, libc::AT_RECURSIVE.cast_unsigned())
-        .map_err(step("open the directory"))?;
-    set_attributes(&root, libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID)
-        .map_err(step("set nodev,nosuid on it"))?;
-    attach(&root, &path).map_err(step("mount it on itself"))?;
+    let proc_self_fd = open(Path::new("/proc/self/fd")).map_err(step("open /proc/self/fd"))?;
+    let proc_self_fd = coffer_mount::clone_tree(proc_self_fd, Depth::One)
+        .map_err(step("take /proc/self/fd along"))?;
+    // The copy of a slave is a slave of the same master.
+    let share = open(share).map_err(step("open the directory"))?;
+    let root =
+        coffer_mount::clone_tree(&share, Depth::Recursive).map_err(step("clone its mounts"))?;
+    coffer_mount::change(
+        &root,
+        Depth::Recursive,
+        Attributes::NODEV | Attributes::NOSUID,
+    )
+    .map_err(step("set nodev,nosuid on it"))?;
+    coffer_mount::attach(&root, share).map_err(step("mount it on itself"))?;
 
     fchdir(&root).map_err(step("go to it"))?;
     pivot_root(".", ".").map_err(step("make it the root"))?;
@@ -166,51 +169,8 @@ pub fn drop_privileges() -> Result<(), Error> {
         .map_err(step("install the seccomp filter"))
 }
 
-/// A detached copy of the mount tree at `path`. Like any copy of a slave it is a slave of the same master.
-fn clone_tree(path: &CStr, flags: u32) -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned() | flags;
-    // SAFETY: `path` is a string ended by zero, and the call keeps no pointer.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    let fd = i32::try_from(Errno::result(fd)?).expect("a descriptor is an int");
-    // SAFETY: the kernel just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Sets attributes on all mounts of a tree.
-fn set_attributes(tree: &OwnedFd, attributes: u64) -> io::Result<()> {
-    let change = libc::mount_attr {
-        attr_set: attributes,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
-    // SAFETY: the path is an empty string ended by zero, `change` is of the size given; no pointer is kept.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            &raw const change,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    Errno::result(result).map(drop).map_err(io::Error::from)
-}
-
-/// Mounts a detached tree at `path`.
-fn attach(tree: &OwnedFd, path: &CStr) -> io::Result<()> {
-    // SAFETY: both paths are strings ended by zero, and the call keeps no pointer.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            libc::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    Errno::result(result).map(drop).map_err(io::Error::from)
+/// A place to mount from or on.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_PATH).open(path)
 }

@@ -7,7 +7,7 @@
 //!
 //! The root is a tenant's: a place in it is resolved by fd within it, and this thread opens nothing by path any more.
 
-use crate::share::{move_mount, open_tree, set_attributes};
+use coffer_mount::{Attributes, Change, Depth, Propagation};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -90,13 +90,16 @@ fn show_volume(root: BorrowedFd<'_>, volume: &Volume) -> io::Result<()> {
 }
 
 fn attach(source: &File, read_only: bool, point: BorrowedFd<'_>) -> io::Result<()> {
-    let tree = open_tree(source.as_fd(), true)?;
-    let mut set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if read_only {
-        set |= libc::MOUNT_ATTR_RDONLY;
-    }
-    set_attributes(tree.as_fd(), set, libc::MS_PRIVATE, true)?;
-    move_mount(tree.as_fd(), point)
+    let tree = coffer_mount::clone_tree(source, Depth::Recursive)?;
+    let mut set = Attributes::NODEV | Attributes::NOSUID;
+    set.set(Attributes::RDONLY, read_only);
+    let private = Change {
+        set,
+        propagation: Some(Propagation::Private),
+        ..Change::default()
+    };
+    coffer_mount::change(&tree, Depth::Recursive, private)?;
+    Ok(coffer_mount::attach(tree, point)?)
 }
 
 fn place(path: &Path) -> io::Result<File> {
