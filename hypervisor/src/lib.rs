@@ -5,7 +5,7 @@
 //!
 //! - [`boot`], [`layout`], [`mptable`], [`cpuid`]: what the guest's kernel finds when it starts.
 //! - [`memory`]: the guest's RAM; [`bus`] and [`virtio`]: its devices; [`ring`]: its console.
-//! - [`notice`], [`metrics`], [`clock`]: what threads tell the main loop, what is counted, and since when.
+//! - [`notice`], [`metrics`], [`exits`], [`clock`]: what threads tell the main loop, what is counted, and since when.
 //! - [`qemu`]: all of `coffer-qemu`.
 
 pub mod boot;
@@ -14,6 +14,7 @@ pub mod clock;
 pub mod control;
 pub mod cpuid;
 pub mod event_loop;
+pub mod exits;
 pub mod growth;
 pub mod jail;
 pub mod layout;

@@ -3,9 +3,10 @@
 //! [`Machine::build`] is the boot recipe: read it from top to bottom and you know everything the guest finds. The process
 //! has entered its jail before, because nothing here opens a path.
 
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, Loaded};
 use crate::bus::{Bus, SerialLine, SerialPort, SharedRing};
 use crate::cpuid;
+use crate::exits::ExitCounts;
 use crate::growth::{self, Growth};
 use crate::layout::{
     FIRST_VIRTIO_GSI, KVM_TSS, LAST_GSI, SERIAL_GSI, START_INFO, VIRTIO_MMIO, VIRTIO_MMIO_SIZE,
@@ -13,7 +14,7 @@ use crate::layout::{
 use crate::memory::{self, MemoryError};
 use crate::notice::{Notice, Notices};
 use crate::ring::ConsoleRing;
-use crate::vcpu::{self, ExitCounts, RunningVcpu, Vcpu, VcpuContext, VcpuError, Wanted};
+use crate::vcpu::{self, RunningVcpu, Vcpu, VcpuContext, VcpuError, Wanted};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
 use crate::virtio::console::Console;
@@ -169,32 +170,24 @@ impl Machine {
         let ring =
             ConsoleRing::new(files.take(config.console)?.into()).map_err(device("console ring"))?;
         let ring = SharedRing(Arc::new(Mutex::new(ring)));
-        let (mut devices, mut largest_file) = devices(config, files, &ring)?;
-        let (growth, memory) = match Growth::reserve(&ram, u64::from(config.max_memory_mib) << 20)?
-        {
-            Some((growth, memory, mem)) => {
-                devices.push(("mem".into(), Box::new(mem)));
-                largest_file = largest_file.max(growth.size());
-                (Some(growth), memory)
-            }
-            None => (None, ram.clone()),
-        };
-        let first = |kind: &str| devices.iter().position(|(name, _)| name.starts_with(kind));
+        let Devices {
+            list,
+            largest_file,
+            growth,
+            memory,
+        } = devices(config, files, &ring, &ram)?;
+        let first = |kind: &str| list.iter().position(|(name, _)| name.starts_with(kind));
         let (first_nic, first_disk) = (first("net"), first("disk"));
-        let slots = attach(&vm, &memory, devices, &wake)?;
+        let slots = attach(&vm, &memory, list, &wake)?;
 
         // Kernel, initrd, command line, MP table.
         let mut parameters: Vec<String> = (0..slots.len()).map(command_line_entry).collect();
-        parameters.extend(
-            growth
-                .is_some()
-                .then(|| growth::KERNEL_PARAMETERS.to_owned()),
-        );
+        if growth.is_some() {
+            parameters.push(growth::KERNEL_PARAMETERS.to_owned());
+        }
         let command_line = boot::command_line(&parameters, &config.cmdline)?;
-        let (kernel, initrd) = (
-            files.take(config.kernel)?.into(),
-            files.take(config.initrd)?.into(),
-        );
+        let kernel = files.take(config.kernel)?.into();
+        let initrd = files.take(config.initrd)?.into();
         let loaded = boot::load(&ram, kernel, initrd, &command_line, config.vcpus)?;
 
         // What vCPUs reach outside RAM. The serial port only where the command line wants it.
@@ -208,15 +201,7 @@ impl Machine {
         let bus = Arc::new(Bus::new(slots.clone(), serial, notice_sender.clone()));
 
         // vCPUs, the first one at the kernel's entry; the others wait for the guest to start them.
-        let supported = cpuid::supported(kvm).map_err(refused("CPUID query"))?;
-        let vcpus: Result<Vec<_>, _> = (0..config.vcpus)
-            .map(|id| Vcpu::new(&vm, id, config.vcpus, &supported))
-            .collect();
-        let mut vcpus = vcpus?;
-        vcpus[0].enter_at(loaded.entry, START_INFO)?;
-        for (start, size) in [loaded.kernel, loaded.initrd] {
-            vcpus[0].map_ahead(start, size);
-        }
+        let vcpus = vcpus(kvm, &vm, config.vcpus, &loaded)?;
 
         // Their threads.
         vcpu::install_kick_handler()?;
@@ -226,13 +211,11 @@ impl Machine {
             notices: notice_sender,
             exits: exits.clone(),
         };
-        let vcpus: Result<Vec<_>, _> = vcpus
-            .into_iter()
-            .map(|vcpu| vcpu.start(context.clone()))
-            .collect();
+        let started = vcpus.into_iter().map(|vcpu| vcpu.start(context.clone()));
+        let vcpus = started.collect::<Result<_, _>>()?;
 
         Ok(Self {
-            vcpus: vcpus?,
+            vcpus,
             slots,
             bus,
             exits,
@@ -311,44 +294,67 @@ fn event() -> io::Result<EventFd> {
 
 type NamedDevice = (String, Box<dyn VirtioDevice>);
 
-/// All virtio devices of the configuration, with the names that logs and counters use, and the size of the largest
-/// writable disk.
+/// What the guest will find.
+struct Devices {
+    list: Vec<NamedDevice>,
+    /// Size that a file of theirs may get.
+    largest_file: u64,
+    growth: Option<Growth>,
+    /// RAM, and the room for more.
+    memory: Memory,
+}
+
+/// All virtio devices of the configuration, with the names that logs and counters use.
 fn devices(
     config: &VmConfig,
     files: &mut Files,
     ring: &SharedRing,
-) -> Result<(Vec<NamedDevice>, u64), MachineError> {
-    let mut devices: Vec<NamedDevice> = vec![
+    ram: &Memory,
+) -> Result<Devices, MachineError> {
+    let mut list: Vec<NamedDevice> = vec![
         ("console".into(), Box::new(Console::new(ring.clone()))),
         ("rng".into(), Box::new(Rng::default())),
     ];
-    devices.push(("vsock".into(), Box::new(vsock(&config.vsock, files)?)));
+    list.push(("vsock".into(), Box::new(vsock(&config.vsock, files)?)));
     if let Some(fs) = &config.fs {
         let fs = Fs::new(&fs.tag, files.take(fs.socket)?).map_err(device("file share"))?;
-        devices.push(("fs".into(), Box::new(fs)));
+        list.push(("fs".into(), Box::new(fs)));
     }
     for (n, nic) in config.nics.iter().enumerate() {
         let tap = nic.tap.map(|tap| files.take(tap)).transpose()?;
-        devices.push((
+        list.push((
             format!("net{n}"),
             Box::new(Net::new(nic.mac, tap).map_err(device("network interface"))?),
         ));
     }
-    let mut largest_disk = 0;
+    let mut largest_file = 0;
     for (n, disk) in config.disks.iter().enumerate() {
         let file = disk.file.map(|file| files.take(file)).transpose()?;
         let file = file.map(File::from);
         if let Some(file) = file.as_ref().filter(|_| !disk.read_only) {
-            largest_disk = largest_disk.max(file.metadata().map_err(device("disk"))?.len());
+            largest_file = largest_file.max(file.metadata().map_err(device("disk"))?.len());
         }
         let file = file.map(OwnedFd::from);
         let disk = Block::new(&disk.serial, file, disk.read_only).map_err(device("disk"))?;
-        devices.push((format!("disk{n}"), Box::new(disk)));
+        list.push((format!("disk{n}"), Box::new(disk)));
     }
     if config.balloon {
-        devices.push(("balloon".into(), Box::new(Balloon::new())));
+        list.push(("balloon".into(), Box::new(Balloon::new())));
     }
-    Ok((devices, largest_disk))
+    let (growth, memory) = match Growth::reserve(ram, u64::from(config.max_memory_mib) << 20)? {
+        Some((growth, memory, mem)) => {
+            list.push(("mem".into(), Box::new(mem)));
+            largest_file = largest_file.max(growth.size());
+            (Some(growth), memory)
+        }
+        None => (None, ram.clone()),
+    };
+    Ok(Devices {
+        list,
+        largest_file,
+        growth,
+        memory,
+    })
 }
 
 fn vsock(config: &VsockConfig, files: &mut Files) -> Result<Vsock, MachineError> {
@@ -387,6 +393,21 @@ fn attach(
         slots.push(Arc::new(Slot::new(name, transport, wake.clone())));
     }
     Ok(slots)
+}
+
+/// Makes the vCPUs. The kernel that the first one will run is mapped into its page tables.
+fn vcpus(kvm: &Kvm, vm: &VmFd, count: u8, loaded: &Loaded) -> Result<Vec<Vcpu>, MachineError> {
+    let supported = cpuid::supported(kvm);
+    let supported = supported.map_err(|error| MachineError::Kvm("CPUID query", error))?;
+    let made = (0..count).map(|id| Vcpu::new(vm, id, count, &supported));
+    let mut vcpus = made.collect::<Result<Vec<_>, _>>()?;
+    if let Some(first) = vcpus.first_mut() {
+        first.enter_at(loaded.entry, START_INFO)?;
+        for (start, size) in [loaded.kernel, loaded.initrd] {
+            first.map_ahead(start, size);
+        }
+    }
+    Ok(vcpus)
 }
 
 fn address(device: usize) -> u64 {

@@ -15,6 +15,7 @@
 
 use crate::bus::Bus;
 use crate::cpuid;
+use crate::exits::{ExitCounts, ExitKind, is_interruption};
 use crate::notice::{Notice, Notices};
 use crate::seccomp::{self, ThreadClass};
 use coffer_proto::error_chain::chain;
@@ -25,7 +26,6 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use vm_memory::GuestAddress;
@@ -73,34 +73,6 @@ struct Wish {
 impl Wish {
     fn lock(&self) -> MutexGuard<'_, (Wanted, u64)> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Exits to user space by kind, of all vCPUs of a VM.
-#[derive(Debug, Default)]
-pub struct ExitCounts([AtomicU64; EXIT_KINDS.len()]);
-
-const EXIT_KINDS: [&str; 8] = [
-    "io_in",
-    "io_out",
-    "mmio_read",
-    "mmio_write",
-    "hlt",
-    "shutdown",
-    "interrupted",
-    "other",
-];
-
-impl ExitCounts {
-    fn count(&self, kind: usize) {
-        self.0[kind].fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Kind and count of each.
-    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        EXIT_KINDS
-            .into_iter()
-            .zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 }
 
@@ -321,63 +293,35 @@ impl Vcpu {
 
     /// Enters the guest once and handles its exit.
     fn run(&mut self, context: &VcpuContext, wish: &Wish, exit: &mut Option<Exit>) -> State {
-        let (bus, exits) = (&context.bus, &context.exits);
+        let (id, bus) = (self.id, &context.bus);
         let failed = |message: String| Some(Exit::Failed { message });
-        match self.fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => {
-                exits.count(0);
-                bus.port_read(port, data);
-            }
-            Ok(VcpuExit::IoOut(port, data)) => {
-                exits.count(1);
-                bus.port_write(port, data);
-            }
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                exits.count(2);
-                bus.mmio_read(address, data);
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                exits.count(3);
-                bus.mmio_write(address, data);
-            }
+        let left = self.fd.run();
+        context.exits.count(ExitKind::of(&left));
+        match left {
+            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             // With the local APIC in the kernel, HLT stays there; without one nothing could ever wake the vCPU.
-            Ok(VcpuExit::Hlt) => {
-                exits.count(4);
-                *exit = failed(format!("vCPU {} halted for good", self.id));
-            }
+            Ok(VcpuExit::Hlt) => *exit = failed(format!("vCPU {id} halted for good")),
             Ok(VcpuExit::Shutdown) => {
-                exits.count(5);
-                crate::report(&format!(
-                    "vCPU {}: triple fault, {}",
-                    self.id,
-                    self.registers()
-                ));
+                crate::report(&format!("vCPU {id}: triple fault, {}", self.registers()));
                 *exit = Some(Exit::TripleFault);
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                exits.count(7);
-                *exit = failed(format!(
-                    "KVM could not enter vCPU {} on CPU {cpu}: {reason:#x}",
-                    self.id
-                ));
+                let why = format!("KVM could not enter vCPU {id} on CPU {cpu}: {reason:#x}");
+                *exit = failed(why);
             }
             Ok(VcpuExit::InternalError) => {
-                exits.count(7);
                 let why = self.internal_error();
-                *exit = failed(format!("KVM gave up on vCPU {}: {why}", self.id));
+                *exit = failed(format!("KVM gave up on vCPU {id}: {why}"));
             }
             Ok(other) => {
-                exits.count(7);
-                *exit = failed(format!(
-                    "vCPU {} ended in an exit this VMM does not know: {other:?}",
-                    self.id
-                ));
+                let why = format!("vCPU {id} ended in an exit this VMM does not know: {other:?}");
+                *exit = failed(why);
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                exits.count(6);
-                self.fd.set_kvm_immediate_exit(0);
-            }
-            Err(error) => *exit = failed(format!("KVM_RUN of vCPU {} failed: {error}", self.id)),
+            Err(error) if is_interruption(error) => self.fd.set_kvm_immediate_exit(0),
+            Err(error) => *exit = failed(format!("KVM_RUN of vCPU {id} failed: {error}")),
         }
         if exit.is_some() {
             return State::Finished;
