@@ -3,6 +3,7 @@
 //! A VM boots with what its pod is said to need, and never has less. Where the limits of its containers come to more, with
 //! the overhead on top, it grows; where they fall it gives back what the guest can free, in the guest's own time.
 
+use super::SandboxOptions;
 use crate::spec::{Need, memory_mib};
 use crate::vmm::{Vmm, VmmError};
 use std::time::Duration;
@@ -26,7 +27,13 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    pub fn new(boot: u32, overhead: u32, most: u32) -> Self {
+    /// As a VM with these options boots.
+    pub fn of(options: &SandboxOptions) -> Self {
+        let most = options.all_memory_mib();
+        Self::new(options.memory_mib, options.overhead_mib, most)
+    }
+
+    fn new(boot: u32, overhead: u32, most: u32) -> Self {
         Self {
             boot,
             overhead,

@@ -1,8 +1,8 @@
 //! The machine of a sandbox: a VM, its file server and its agent.
 //!
-//! [`boot`] is the whole recipe, top to bottom. It writes to `state.json` before it makes a thing, so whatever point it
-//! fails or is killed at, [`crate::cleanup`] finds everything.
+//! [`boot`](fn@boot) is how it comes to be, this module how it lives, changes and ends.
 
+mod boot;
 pub mod child;
 mod death;
 mod disks;
@@ -14,6 +14,7 @@ mod phases;
 mod size;
 mod wiring;
 
+pub use boot::{BootError, boot};
 pub use death::Death;
 pub use disks::DiskError;
 pub use options::{Hypervisor, SandboxOptions, UidRange, task_socket};
@@ -22,30 +23,24 @@ pub use size::PodSize;
 
 use crate::agent::{Agent, AgentError};
 use crate::cgroup::{CgroupPath, SandboxCgroup};
-use crate::cleanup;
-use crate::crash;
 use crate::io::Dialer;
 use crate::mirror::Mirrors;
-use crate::network::{self, DockersNames, NamespaceId, Nic, PortForward};
+use crate::network::{self, DockersNames, PortForward};
 use crate::share::Share;
 use crate::spec::{self, BlockDevice, DeviceNumber, Need};
-use crate::state::StateFile;
 use crate::vmm::{Vmm, VmmError};
 use child::Child;
-use coffer_proto::agent::{Interface, Resync, StartSandboxRequest};
 use coffer_proto::error_chain::chain;
 use coffer_proto::ids::ContainerId;
-use coffer_proto::limits::SHARE_TAG;
 use death::End;
 use disks::Disks;
-use evidence::{Evidence, console_tail};
+use evidence::console_tail;
 use memory::GuestMemory;
-use phases::Phases;
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 use wiring::Wiring;
@@ -81,14 +76,6 @@ pub struct Pod {
     pub sysctls: HashMap<String, String>,
     /// Those of the first container, where it is known.
     pub block_devices: Vec<BlockDevice>,
-}
-
-/// Why there is no machine, with what its processes and its console said last.
-#[derive(Debug, thiserror::Error)]
-#[error("the VM did not start: {}{evidence}", chain(.cause))]
-pub struct BootError {
-    cause: BootCause,
-    evidence: String,
 }
 
 /// Why a VM did not get another size.
@@ -135,6 +122,16 @@ struct Cpus {
     online: Mutex<u8>,
 }
 
+impl Cpus {
+    fn of(options: &SandboxOptions) -> Self {
+        Self {
+            usual: options.vcpus,
+            all: options.all_vcpus(),
+            online: Mutex::new(options.vcpus),
+        }
+    }
+}
+
 /// What ends or wakes the watch over a machine.
 #[derive(Debug)]
 pub enum Notice {
@@ -142,221 +139,6 @@ pub enum Notice {
     OutOfMemory(ContainerId),
     /// The machine is gone or of no use any more.
     Gone(Death),
-}
-
-/// Boots the machine. On an error everything it had made is gone again.
-///
-/// The time until the agent has answered is limited by [`Hypervisor::boot_deadline`].
-pub async fn boot(
-    options: &SandboxOptions,
-    pod: &Pod,
-    state: &StateFile,
-) -> Result<Machine, BootError> {
-    let mut evidence = Evidence::default();
-    let options = &pod.size.apply(options.clone());
-    let cause = match assemble(options, pod, state, &mut evidence).await {
-        Ok(machine) => return Ok(machine),
-        Err(cause) => cause,
-    };
-    let evidence = evidence.collect(&chain(&cause)).await;
-    let owned = state.get();
-    let released = tokio::task::spawn_blocking(move || cleanup::release(&owned)).await;
-    if let Ok(Err(error)) = released {
-        tracing::error!(
-            error = chain(&error),
-            "something of the failed boot is left"
-        );
-    }
-    Err(BootError { cause, evidence })
-}
-
-async fn assemble(
-    options: &SandboxOptions,
-    pod: &Pod,
-    state: &StateFile,
-    evidence: &mut Evidence,
-) -> Result<Machine, BootCause> {
-    let slowness = options.hypervisor.slowness();
-    let phases = Phases::new(state);
-    let files = parts::BootFiles::open(options)?;
-    let dir = options.dir();
-    let console = parts::create_console(&dir)?;
-    evidence.console = Some(console.try_clone().map_err(BootCause::Console)?);
-    crash::point("boot.console");
-    let uid = parts::take_uid(options, state)?;
-    crash::point("boot.uid");
-    let share = Share::create(&dir)?;
-    phases.done("share")?;
-
-    let cgroup = parts::create_cgroup(
-        options,
-        options.cgroup.as_ref().or(pod.cgroup.as_ref()),
-        state,
-    )?;
-    crash::point("boot.cgroup");
-    let (disks, disk_slots) = Disks::begin(options.hypervisor, &pod.block_devices)?;
-    let room = options.hypervisor.nic_slots(disk_slots.len());
-    let (wiring, nics) = begin_wiring(room, pod.netns.as_deref(), uid, state).await?;
-    phases.done("network")?;
-
-    let (fsd, fs_socket) = parts::start_fsd(options, &share)?;
-    crash::point("boot.fsd-started");
-    evidence.fsd = Some(fsd.clone());
-    state.update(|state| state.fsd = Some(fsd.id))?;
-    crash::point("boot.fsd-recorded");
-    let (process, control) = parts::start_hypervisor(options)?;
-    crash::point("boot.hypervisor-started");
-    evidence.vmm = Some(process.clone());
-    state.update(|state| state.hypervisor = Some(process.id))?;
-    crash::point("boot.hypervisor-recorded");
-    if let Some(cgroup) = &cgroup {
-        cgroup.add(fsd.id.pid)?;
-        cgroup.add(process.id.pid)?;
-    }
-    let vmm = Vmm::new(control, process).map_err(BootCause::Socket)?;
-    phases.done("processes")?;
-
-    let interfaces = wiring.as_ref().map(Wiring::interfaces).unwrap_or_default();
-    let (config, sent, home) = parts::vm_config(
-        options,
-        uid,
-        files,
-        parts::Wires {
-            fs_socket,
-            nics,
-            nic_slots: wiring.as_ref().map_or(0, Wiring::slots),
-            disks: disk_slots,
-            console: &console,
-        },
-    )?;
-    let deadline = options.hypervisor.boot_deadline();
-    vmm.boot(config, sent, deadline).await?;
-    phases.done("vm")?;
-
-    let agent = Agent::new(home, slowness).map_err(BootCause::Socket)?;
-    let request = start_request(options, pod, interfaces)?;
-    let guest = tokio::select! {
-        guest = agent.start_sandbox(&request, deadline) => match guest {
-            Ok(guest) => guest,
-            Err(error) => return Err(no_agent(error, &vmm, deadline).await),
-        },
-        reason = first_end(&vmm, &fsd) => return Err(BootCause::Gone(reason)),
-    };
-    phases.guest(&vmm, guest)?;
-
-    let dialer = Arc::new(Dialer::new(&dir, slowness).map_err(BootCause::Socket)?);
-    let port_forward = match &pod.netns {
-        Some(netns) => PortForward::start(netns, dialer.clone()).await,
-        None => None,
-    };
-    Ok(Machine {
-        agent,
-        vmm,
-        share,
-        mirrors: Mirrors::default(),
-        dialer,
-        disks,
-        fsd,
-        console,
-        slowness,
-        wiring,
-        _port_forward: port_forward,
-        names_served: Mutex::new(false),
-        cgroup,
-        cpus: Cpus {
-            usual: options.vcpus,
-            all: options.all_vcpus(),
-            online: Mutex::new(options.vcpus),
-        },
-        memory: GuestMemory::new(
-            options.memory_mib,
-            options.overhead_mib,
-            options.all_memory_mib(),
-        ),
-        ending: OnceLock::new(),
-    })
-}
-
-/// Takes over the pod's network, if it has one: what is kept of it, and the VM's cards.
-async fn begin_wiring(
-    room: usize,
-    netns: Option<&Path>,
-    uid: u32,
-    state: &StateFile,
-) -> Result<(Option<Wiring>, Vec<Nic>), BootCause> {
-    let Some(netns) = netns else {
-        return Ok((None, Vec::new()));
-    };
-    let network = NamespaceId::of_pod(netns)?;
-    state.update(|state| {
-        state.network = Some(network);
-        // One without a name of its own goes with its last holder, and leaves nothing to undo.
-        state.netns = (!netns.starts_with("/proc/self")).then(|| netns.to_owned());
-    })?;
-    let (wiring, nics) = Wiring::begin(netns, uid, room).await?;
-    Ok((Some(wiring), nics))
-}
-
-/// Waits until one of the two is gone; gives the reason. coffer-fsd without a fault of its own follows the VM, whose end is told a
-/// moment later.
-async fn first_end(vmm: &Vmm, fsd: &Child) -> String {
-    tokio::select! {
-        reason = vmm.gone() => reason,
-        ended = fsd.ended() => {
-            let reason = timeout(BETTER_REASON, vmm.gone());
-            let reason = if fsd.left_in_order() { reason.await.ok() } else { None };
-            reason.unwrap_or(ended)
-        }
-    }
-}
-
-fn start_request(
-    options: &SandboxOptions,
-    pod: &Pod,
-    interfaces: Vec<Interface>,
-) -> Result<StartSandboxRequest, BootCause> {
-    let mut entropy = vec![0; 64];
-    let urandom = File::open("/dev/urandom")
-        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut entropy));
-    urandom.map_err(|source| BootCause::Open {
-        path: "/dev/urandom".into(),
-        source,
-    })?;
-    let unix_ns = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_nanos();
-    let time = Resync {
-        unix_ns: i64::try_from(unix_ns).unwrap_or(i64::MAX),
-        entropy,
-        ..Default::default()
-    };
-    let hostname = pod
-        .hostname
-        .clone()
-        .unwrap_or_else(|| options.id.as_str().chars().take(63).collect());
-    Ok(StartSandboxRequest {
-        version: coffer_proto::VERSION.to_owned(),
-        hostname,
-        resolv_conf: pod.resolv_conf.clone(),
-        time: Some(time).into(),
-        share_tag: SHARE_TAG.to_owned(),
-        interfaces,
-        shared_pid_namespace: pod.shared_pid_namespace,
-        sysctls: pod.sysctls.clone(),
-        ..Default::default()
-    })
-}
-
-async fn no_agent(error: AgentError, vmm: &Vmm, deadline: Duration) -> BootCause {
-    match error {
-        AgentError::Deadline { .. } => BootCause::AgentSilent(deadline),
-        AgentError::Broken { .. } => match timeout(BETTER_REASON, vmm.gone()).await {
-            Ok(reason) => BootCause::Gone(reason),
-            Err(_) => BootCause::Agent(error),
-        },
-        other => BootCause::Agent(other),
-    }
 }
 
 impl Machine {
@@ -531,14 +313,5 @@ impl Machine {
                 );
             }
         });
-    }
-}
-
-impl From<VmmError> for BootCause {
-    fn from(error: VmmError) -> Self {
-        match error {
-            VmmError::Gone(reason) => Self::Gone(reason),
-            other => Self::Vmm(other),
-        }
     }
 }

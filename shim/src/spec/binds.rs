@@ -77,28 +77,12 @@ pub(super) fn take(
     {
         return keep_in_guest(&name, &source);
     }
-    let meta = fs::metadata(&source).map_err(|e| SpecError::Source {
-        field: name.clone(),
-        path: source.clone(),
-        source: e,
-    })?;
-    if !(meta.is_dir() || meta.is_file() || is_endpoint(&meta)) {
-        return field(
-            name,
-            source.display().to_string(),
-            "is a device; devices of the host are not passed into the VM",
-        );
-    }
+    let meta = look_at(name, &source)?;
     if let Some(page_size) = huge_page_size(&source) {
         make_huge_pages(mount, &meta, page_size);
         return Ok(Taken::Guests);
     }
-    // The last of "ro" and "rw" wins, as in mount(8).
-    let read_only = options
-        .iter()
-        .rev()
-        .find(|o| matches!(o.as_str(), "ro" | "rw" | "rro"))
-        .is_some_and(|o| o != "rw");
+    let read_only = is_read_only(&options);
     let idmap = take_idmap(mount, user);
     let mirrored = read_only && idmap.is_none() && mirror::is_for(&source);
     if mirrored {
@@ -111,6 +95,31 @@ pub(super) fn take(
         idmap,
         mirrored,
     }))
+}
+
+/// What the source is: a directory, a file, a socket or a fifo.
+fn look_at(name: String, source: &Path) -> Result<fs::Metadata, SpecError> {
+    let looked = fs::metadata(source);
+    let meta = looked.map_err(|error| SpecError::Source {
+        field: name.clone(),
+        path: source.to_owned(),
+        source: error,
+    })?;
+    if meta.is_dir() || meta.is_file() || is_endpoint(&meta) {
+        return Ok(meta);
+    }
+    field(
+        name,
+        source.display().to_string(),
+        "is a device; devices of the host are not passed into the VM",
+    )
+}
+
+/// The last of "ro" and "rw" wins, as in mount(8).
+fn is_read_only(options: &[String]) -> bool {
+    let mut latest = options.iter().rev();
+    let decisive = latest.find(|o| matches!(o.as_str(), "ro" | "rw" | "rro"));
+    decisive.is_some_and(|o| o != "rw")
 }
 
 /// Bytes of the pages of a hugetlbfs, which an engine mounts for an emptyDir of medium HugePages.
