@@ -4,7 +4,7 @@
 //! process up, [`vcpu`] runs the guest, [`event_loop`] serves devices and the shim ([`control`]) until the VM ends.
 //!
 //! - [`boot`], [`layout`], [`mptable`], [`cpuid`]: what the guest's kernel finds when it starts.
-//! - [`memory`]: the guest's RAM; [`bus`] and [`virtio`]: its devices; [`ring`]: its console.
+//! - [`memory`]: the guest's RAM; [`growth`]: what it may get later; [`bus`] and [`virtio`]: its devices; [`ring`]: its console.
 //! - [`notice`], [`metrics`], [`exits`], [`clock`]: what threads tell the main loop, what is counted, and since when.
 //! - [`qemu`]: all of `coffer-qemu`.
 

@@ -200,19 +200,14 @@ impl Machine {
         };
         let bus = Arc::new(Bus::new(slots.clone(), serial, notice_sender.clone()));
 
-        // vCPUs, the first one at the kernel's entry; the others wait for the guest to start them.
-        let vcpus = vcpus(kvm, &vm, config.vcpus, &loaded)?;
-
-        // Their threads.
-        vcpu::install_kick_handler()?;
+        // vCPUs and their threads, the first one at the kernel's entry; the others wait for the guest to start them.
         let exits = Arc::new(ExitCounts::default());
         let context = VcpuContext {
             bus: bus.clone(),
             notices: notice_sender,
             exits: exits.clone(),
         };
-        let started = vcpus.into_iter().map(|vcpu| vcpu.start(context.clone()));
-        let vcpus = started.collect::<Result<_, _>>()?;
+        let vcpus = start_vcpus(kvm, &vm, config.vcpus, &loaded, &context)?;
 
         Ok(Self {
             vcpus,
@@ -395,19 +390,25 @@ fn attach(
     Ok(slots)
 }
 
-/// Makes the vCPUs. The kernel that the first one will run is mapped into its page tables.
-fn vcpus(kvm: &Kvm, vm: &VmFd, count: u8, loaded: &Loaded) -> Result<Vec<Vcpu>, MachineError> {
+/// Makes the vCPUs and their threads. The kernel that the first one will run is mapped into its page tables.
+fn start_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    loaded: &Loaded,
+    context: &VcpuContext,
+) -> Result<Vec<RunningVcpu>, MachineError> {
     let supported = cpuid::supported(kvm);
     let supported = supported.map_err(|error| MachineError::Kvm("CPUID query", error))?;
     let made = (0..count).map(|id| Vcpu::new(vm, id, count, &supported));
     let mut vcpus = made.collect::<Result<Vec<_>, _>>()?;
-    if let Some(first) = vcpus.first_mut() {
-        first.enter_at(loaded.entry, START_INFO)?;
-        for (start, size) in [loaded.kernel, loaded.initrd] {
-            first.map_ahead(start, size);
-        }
+    vcpus[0].enter_at(loaded.entry, START_INFO)?;
+    for (start, size) in [loaded.kernel, loaded.initrd] {
+        vcpus[0].map_ahead(start, size);
     }
-    Ok(vcpus)
+    vcpu::install_kick_handler()?;
+    let started = vcpus.into_iter().map(|vcpu| vcpu.start(context.clone()));
+    Ok(started.collect::<Result<_, _>>()?)
 }
 
 fn address(device: usize) -> u64 {

@@ -212,26 +212,18 @@ impl Vcpu {
     }
 
     fn thread(mut self, context: &VcpuContext, wish: &Wish) {
-        if let Err(error) = seccomp::enter(ThreadClass::Vcpu) {
-            let exit = Exit::Failed {
-                message: chain(&error),
-            };
-            context.notices.send(Notice::Finished {
-                vcpu: self.id,
-                exit: Some(exit),
-            });
-            return;
-        }
-        let mut exit = self
-            .first_entry()
-            .err()
-            .map(|message| Exit::Failed { message });
-        if exit.is_some() {
-            return context.notices.send(Notice::Finished {
-                vcpu: self.id,
-                exit,
-            });
-        }
+        let filtered = seccomp::enter(ThreadClass::Vcpu).map_err(|error| chain(&error));
+        let exit = match filtered.and_then(|()| self.first_entry()) {
+            Ok(()) => self.live(context, wish),
+            Err(message) => Some(Exit::Failed { message }),
+        };
+        let vcpu = self.id;
+        context.notices.send(Notice::Finished { vcpu, exit });
+    }
+
+    /// From the first pause to the end; gives how the guest ended, if it was this vCPU that ended it.
+    fn live(&mut self, context: &VcpuContext, wish: &Wish) -> Option<Exit> {
+        let mut exit = None;
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         let mut state = State::Paused;
         while state != State::Finished {
@@ -242,10 +234,7 @@ impl Vcpu {
             };
         }
         IMMEDIATE_EXIT.set(ptr::null_mut());
-        context.notices.send(Notice::Finished {
-            vcpu: self.id,
-            exit,
-        });
+        exit
     }
 
     /// Enters KVM, but not yet the guest: the first KVM_RUN of a VM starts a kernel thread on our account, which the
