@@ -10,7 +10,6 @@
 //! ```
 
 use coffer_proto::agent::Disk;
-use nix::errno::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -82,29 +81,31 @@ pub fn remove(serial: &str) -> Result<(), DiskError> {
     fs::write(&unbind, slot.as_encoded_bytes()).map_err(sysfs(&unbind))
 }
 
-/// Opens the disk as only one at a time can, and writes back what is left.
+/// Writes back what is left, once nobody has the disk any more.
 fn flush(node: &Path) -> Result<(), DiskError> {
+    let disk = open_unused(node)?;
+    disk.sync_all().map_err(|cause| DiskError::Flush {
+        path: node.to_owned(),
+        cause,
+    })
+}
+
+/// Opens the disk as only one at a time can (open(2), O_EXCL on a block device). Nobody tells of the last unmount, so it is tried until
+/// then.
+fn open_unused(node: &Path) -> Result<File, DiskError> {
     let deadline = Instant::now() + UNMOUNT_DEADLINE;
-    let path = || node.to_owned();
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_EXCL);
     loop {
-        let opened = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_EXCL)
-            .open(node);
-        match opened {
-            Ok(disk) => {
-                let flushed = File::sync_all(&disk);
-                return flushed.map_err(|cause| DiskError::Flush {
-                    path: path(),
-                    cause,
-                });
-            }
-            Err(error) if error.raw_os_error() != Some(Errno::EBUSY as i32) => {
-                return Err(sysfs(node)(error));
-            }
-            Err(_) if Instant::now() > deadline => return Err(DiskError::InUse { path: path() }),
-            Err(_) => sleep(UNMOUNT_INTERVAL),
+        match options.open(node) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+            opened => return opened.map_err(sysfs(node)),
         }
+        if Instant::now() > deadline {
+            let path = node.to_owned();
+            return Err(DiskError::InUse { path });
+        }
+        sleep(UNMOUNT_INTERVAL);
     }
 }
 

@@ -11,7 +11,7 @@
 //!                     resolver.rs one for the DNS queries that a resolver of the host answers
 //! ```
 //!
-//! [`boot`] and [`console`] are for the start; [`guest`], [`cpus`] and [`network`] are the guest as a machine. [`sandbox`] keeps its
+//! [`boot`] and [`console`] are for the start; [`guest`], [`cpus`], [`disks`] and [`network`] are the guest as a machine. [`sandbox`] keeps its
 //! containers and processes in [`table`]s; a [`process`] has [`stdio`]; [`events`] is what the shim hears unasked; [`pause`] is PID 1 of a
 //! PID namespace that is shared.
 //!

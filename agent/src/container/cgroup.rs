@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use coffer_proto::ids::ContainerId;
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::failure::{Failure, at};
+use super::readiness::ready_by;
 
 /// Where cgroup v2 is mounted in the guest.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -223,13 +223,9 @@ impl Cgroup {
             {
                 return Ok(true);
             }
-            let left = until.saturating_duration_since(Instant::now());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            match poll(&mut fds, timeout) {
-                Ok(0) => return Ok(false),
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(at(step)(errno)),
+            let changed = ready_by(events.as_fd(), PollFlags::POLLPRI, until);
+            if !changed.map_err(at(step.as_str()))? {
+                return Ok(false);
             }
         }
     }

@@ -31,6 +31,7 @@ mod options;
 mod pidfd;
 mod process;
 mod program;
+mod readiness;
 mod resources;
 mod root;
 mod rootfs;

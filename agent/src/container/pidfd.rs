@@ -1,11 +1,13 @@
 //! Processes by descriptor: a pid can be somebody else's by now, a pidfd can't.
 #![allow(unsafe_code, reason = "nix has no pidfd calls")]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
+
+use super::readiness::ready_by;
 
 /// The pidfd of a child that was not waited for.
 pub fn open(pid: u32) -> nix::Result<OwnedFd> {
@@ -32,15 +34,5 @@ pub fn kill(pidfd: BorrowedFd<'_>) {
 
 /// Whether the process ends in this time.
 pub fn ends_within(pidfd: BorrowedFd<'_>, timeout: Duration) -> nix::Result<bool> {
-    let until = Instant::now() + timeout;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], left) {
-            Ok(0) if Instant::now() >= until => return Ok(false),
-            Ok(0) | Err(Errno::EINTR) => {}
-            Ok(_) => return Ok(true),
-            Err(errno) => return Err(errno),
-        }
-    }
+    ready_by(pidfd, PollFlags::POLLIN, Instant::now() + timeout)
 }
