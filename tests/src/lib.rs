@@ -9,8 +9,8 @@
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
 //!
 //! The callers that tests take the place of: [`cri`] a kubelet, [`shim`] and [`task`] containerd, [`conmon`] and [`oci`] an engine or its
-//! monitor; [`podman`] runs the real one. [`bundle`] is what they run, [`pod`] a sandbox with several of them, [`schema`]
-//! the form of what they get. [`evidence`] is what is printed of a test that fails.
+//! monitor; [`podman`] and [`docker`] run the real ones. [`bundle`] is what they run, [`loop_device`] a disk for it, [`pod`] a sandbox
+//! with several of them, [`schema`] the form of what they get. [`evidence`] is what is printed of a test that fails.
 
 pub mod bundle;
 pub mod conmon;

@@ -7,7 +7,8 @@ use crate::hooks;
 use crate::spec::{Bundle, HostHooks};
 use coffer_proto::ids::ContainerId;
 use serde_json::{Value, json};
-use std::sync::{Arc, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 /// The hooks that are still to come, and what they are told.
 #[derive(Debug)]
@@ -39,6 +40,11 @@ impl ContainerHooks {
 }
 
 impl Sandbox {
+    fn hooks_to_come(&self) -> MutexGuard<'_, BTreeMap<ContainerId, Arc<ContainerHooks>>> {
+        let hooks = self.shared.hooks.lock();
+        hooks.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Runs the hooks of a container that is being created. After a failure those for its end run as well.
     pub(super) async fn run_create_hooks(
         &self,
@@ -58,24 +64,13 @@ impl Sandbox {
             hooks::run_all("poststop", &hooks.poststop, &stopped).await;
             return Err(error.into());
         }
-        let mut all = self
-            .shared
-            .hooks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        all.insert(id.clone(), Arc::new(container));
+        self.hooks_to_come().insert(id.clone(), Arc::new(container));
         Ok(())
     }
 
     /// A container runs.
     pub(super) async fn run_poststart_hooks(&self, id: &ContainerId) {
-        let known = self
-            .shared
-            .hooks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(id)
-            .cloned();
+        let known = self.hooks_to_come().get(id).cloned();
         if let Some(container) = known {
             let state = container.told("running");
             hooks::run_all("poststart", &container.hooks.poststart, &state).await;
@@ -84,12 +79,7 @@ impl Sandbox {
 
     /// A container is deleted.
     pub(super) async fn run_poststop_hooks(&self, id: &ContainerId) {
-        let known = self
-            .shared
-            .hooks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(id);
+        let known = self.hooks_to_come().remove(id);
         if let Some(container) = known {
             let state = container.told("stopped");
             hooks::run_all("poststop", &container.hooks.poststop, &state).await;

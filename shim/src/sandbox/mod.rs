@@ -17,12 +17,12 @@
 mod api;
 pub mod create;
 mod end;
-pub mod error;
+mod error;
 pub mod events;
 mod host_hooks;
 mod loop_device;
 mod names;
-pub mod pod;
+mod pod;
 pub mod process;
 pub mod rootfs;
 mod stand_in;

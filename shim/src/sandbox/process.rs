@@ -100,7 +100,7 @@ pub struct StdioPaths {
 pub struct Process {
     pub(super) state: ProcessState,
     pub stdio: StdioPaths,
-    /// The JSON of an exec's OCI process, which the agent gets; empty for init.
+    /// Its streams, from their attachment to its deletion.
     pub(super) io: Option<ProcessIo>,
     /// The end came while the start was under way: it is told after the start.
     pub(super) early_exit: Option<Exit>,

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
 
+/// SIGRTMAX of Linux; the guest's libc may know fewer.
+const LAST_SIGNAL: u32 = 64;
 /// A reader that is still there when the process is deleted gets this long for the rest.
 const DRAIN_BEFORE_DELETE: Duration = Duration::from_secs(2);
 /// From a SIGKILL that the agent took to the end of the process.
@@ -84,7 +86,7 @@ impl Sandbox {
 
     /// Sends a signal. SIGKILL to an init that the guest can't deliver ends the VM.
     pub async fn kill(&self, key: ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
-        if signal > 64 {
+        if signal > LAST_SIGNAL {
             return Err(Error::Signal(signal));
         }
         let target = key.clone();
@@ -159,7 +161,10 @@ impl Sandbox {
         let (end, empty) = self
             .apply(move |pod| Ok((pod.deleted(&deleted)?, pod.is_unneeded())))
             .await?;
-        if let (Some(machine), false) = (&machine, empty || is_exec) {
+        if let Some(machine) = &machine
+            && !is_exec
+            && !empty
+        {
             let needs = self.change(|pod| pod.needs()).await?;
             if let Err(error) = machine.fit(&needs).await {
                 tracing::warn!(error = chain(&error), "the VM stays larger than it need be");

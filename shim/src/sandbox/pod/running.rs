@@ -132,18 +132,15 @@ impl Pod {
             .get_mut(&key.container)
             .ok_or_else(|| Error::NotFound(key.clone()))?;
         let process = process_of(container, key)?;
-        if process.stop(killed.clone()) {
+        let never_ran = process.stop(killed.clone());
+        let exit = process.exit().unwrap_or(killed);
+        if never_ran {
             self.emit(TaskEvent::Exit {
                 process: key.clone(),
                 pid,
-                exit: killed.clone(),
+                exit: exit.clone(),
             });
         }
-        let container = self
-            .containers
-            .get_mut(&key.container)
-            .ok_or_else(|| Error::NotFound(key.clone()))?;
-        let exit = process_of(container, key)?.exit().unwrap_or(killed);
         self.forget(key);
         self.emit(TaskEvent::Delete {
             process: key.clone(),
