@@ -3,7 +3,10 @@
 //! They are those of mount(8): a bind mount, an overlay, or a file system on a block device or, with the option `loop`, in a
 //! file. What only containerd's mount manager can make (`mkfs/…`, `format/…`) it makes itself, since we don't ask it not to.
 
+mod mapped;
+
 use super::loop_device::LoopDevice;
+use crate::share::IdMap;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use std::io;
@@ -95,8 +98,8 @@ const FLAGS: [(&str, MsFlags, bool); 28] = [
     ("defaults", MsFlags::empty(), true),
 ];
 
-/// Options that somebody else would have to act on: containerd's mount manager and its ID mapping.
-const REFUSED: [&str; 4] = ["X-containerd.", "uidmap=", "gidmap=", "remount"];
+/// Options that somebody else would have to act on, as containerd's mount manager.
+const REFUSED: [&str; 2] = ["X-containerd.", "remount"];
 
 /// mount(2) copies one page of options, with the NUL at their end.
 const MAX_DATA: usize = 4095;
@@ -109,6 +112,8 @@ struct Options {
     data: Vec<String>,
     /// The source is a file that holds the file system.
     on_loop: bool,
+    /// Other owners than on disk.
+    owners: Option<IdMap>,
 }
 
 /// The error is the option that can't be honoured.
@@ -117,10 +122,21 @@ fn parse(options: &[String]) -> Result<Options, String> {
         flags: MsFlags::empty(),
         data: Vec::new(),
         on_loop: false,
+        owners: None,
     };
     for option in options {
         if REFUSED.iter().any(|prefix| option.starts_with(prefix)) {
             return Err(option.clone());
+        }
+        if let Some((name @ ("uidmap" | "gidmap"), list)) = option.split_once('=') {
+            let list = mapped::parse(list).ok_or_else(|| option.clone())?;
+            let owners = parsed.owners.get_or_insert_default();
+            if name == "uidmap" {
+                owners.uids = list;
+            } else {
+                owners.gids = list;
+            }
+            continue;
         }
         match FLAGS.iter().find(|(name, ..)| name == option) {
             Some((_, flag, set)) => parsed.flags.set(*flag, *set),
@@ -170,10 +186,13 @@ fn mount_one(index: usize, rootfs: &RootfsMount, target: &Path) -> Result<(), Ro
     if data.len() > MAX_DATA {
         return Err(RootfsError::TooLong(index, data.len()));
     }
-    mount_in(base.as_deref(), || {
-        do_mount(from, target, fs_type, options.flags, &data)
-    })
-    .map_err(|source| RootfsError::Mount {
+    let mounted = match &options.owners {
+        Some(owners) => mapped::mount_on(from, target, fs_type, &options, owners),
+        None => mount_in(base.as_deref(), || {
+            do_mount(from, target, fs_type, options.flags, &data)
+        }),
+    };
+    mounted.map_err(|source| RootfsError::Mount {
         index,
         from: rootfs.source.clone(),
         fs_type: fs_type.to_owned(),

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 /// Ids of the files on disk, each with the id that it has in the mount.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IdMap {
     pub uids: Vec<LinuxIdMapping>,
     pub gids: Vec<LinuxIdMapping>,
