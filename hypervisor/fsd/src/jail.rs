@@ -155,6 +155,7 @@ pub fn drop_privileges() -> Result<(), Error> {
         caps::set(None, CapSet::Effective, &kept)?;
         caps::set(None, CapSet::Permitted, &kept)
     };
+    keep_capabilities_as_a_user().map_err(step("keep capabilities as another user"))?;
     capabilities()
         .map_err(io::Error::other)
         .map_err(step("drop capabilities"))?;
@@ -167,6 +168,15 @@ pub fn drop_privileges() -> Result<(), Error> {
     enable_seccomp(SeccompAction::Kill, false)
         .map_err(io::Error::other)
         .map_err(step("install the seccomp filter"))
+}
+
+/// virtiofsd takes the identity of the guest's user to make a file, and the kernel would take the capabilities from a user other
+/// than root. But this user may be root of a user namespace in the guest, which may write where the mode forbids it, as in the root of Fedora's
+/// images. The guest's kernel has checked that already. Takes CAP_SETPCAP, and holds for threads started later too.
+fn keep_capabilities_as_a_user() -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let set = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, libc::SECBIT_NO_SETUID_FIXUP) };
+    Ok(Errno::result(set).map(drop)?)
 }
 
 /// A place to mount from or on.

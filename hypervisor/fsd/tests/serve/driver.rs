@@ -37,6 +37,7 @@ pub enum Op {
     Lookup = 1,
     Symlink = 6,
     Mknod = 8,
+    Mkdir = 9,
     Rename = 12,
     Link = 13,
     Open = 14,
@@ -116,15 +117,30 @@ impl Driver {
     fn init(&mut self) {
         const VERSION: [u32; 2] = [7, 38];
         const FUSE_SUBMOUNTS: u32 = 1 << 27;
+        /// There are more flags: Linux 6.3 and later has that for the groups of who makes a file.
+        const FUSE_INIT_EXT: u32 = 1 << 30;
+        const CREATE_SUPP_GROUP: u32 = 1 << (34 - 32);
         let mut body = [0u8; 64];
         body[..4].copy_from_slice(&VERSION[0].to_le_bytes());
         body[4..8].copy_from_slice(&VERSION[1].to_le_bytes());
-        body[12..16].copy_from_slice(&FUSE_SUBMOUNTS.to_le_bytes());
+        body[12..16].copy_from_slice(&(FUSE_SUBMOUNTS | FUSE_INIT_EXT).to_le_bytes());
+        body[16..20].copy_from_slice(&CREATE_SUPP_GROUP.to_le_bytes());
         self.request(Op::Init, 0, &body).expect("FUSE_INIT");
     }
 
     /// One FUSE request as guest root: the reply's body, or the errno.
     pub fn request(&mut self, op: Op, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        self.request_as(0, op, node, body)
+    }
+
+    /// The same as a user and the group of the same number.
+    pub fn request_as(
+        &mut self,
+        user: u32,
+        op: Op,
+        node: u64,
+        body: &[u8],
+    ) -> Result<Vec<u8>, i32> {
         const HEADER: usize = 40;
         let length = u32::try_from(HEADER + body.len()).unwrap();
         let mut message = Vec::with_capacity(HEADER + body.len());
@@ -132,6 +148,7 @@ impl Driver {
         message.extend((op as u32).to_le_bytes());
         message.extend(u64::from(self.sent + 1).to_le_bytes());
         message.extend(node.to_le_bytes());
+        message.extend([user, user].map(u32::to_le_bytes).concat());
         message.resize(HEADER, 0);
         message.extend(body);
         self.send(&message);

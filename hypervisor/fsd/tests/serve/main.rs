@@ -7,8 +7,8 @@ mod server;
 use driver::{Driver, Op, ROOT, text};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -320,6 +320,27 @@ fn device_nodes_can_be_neither_made_nor_opened() {
             .unwrap()
             .file_type()
             .is_fifo()
+    );
+}
+
+#[test]
+fn root_of_a_user_namespace_writes_where_the_mode_forbids_it() {
+    let (sandbox, connection) = Sandbox::start();
+    // As the root of Fedora's images. The guest's kernel has let its owner in by CAP_DAC_OVERRIDE.
+    let (share, owner) = (sandbox.share(), 100_000);
+    chown(&share, Some(owner), Some(owner)).unwrap();
+    fs::set_permissions(&share, Permissions::from_mode(0o555)).unwrap();
+    let mut guest = Driver::new(connection);
+    let mkdir = [
+        [0o755_u32, 0].map(u32::to_le_bytes).concat(),
+        text(&["made"]),
+    ]
+    .concat();
+    guest.request_as(owner, Op::Mkdir, ROOT, &mkdir).unwrap();
+    let made = fs::metadata(share.join("made")).unwrap();
+    assert_eq!(
+        (made.uid(), made.gid(), made.mode() & 0o777),
+        (owner, owner, 0o755)
     );
 }
 
