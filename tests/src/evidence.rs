@@ -35,7 +35,7 @@ pub fn print(root: &Path) {
     );
     for thread in threads() {
         let before = first.iter().find(|other| other.path == thread.path);
-        let more = before.map_or(0, |before| thread.ticks - before.ticks);
+        let more = before.map_or(0, |before| thread.ticks.saturating_sub(before.ticks));
         let Thread {
             path,
             shown,
@@ -99,4 +99,25 @@ fn thread(task: &Path) -> Option<Thread> {
         waits: fs::read_to_string(task.join("wchan")).unwrap_or_default(),
         ticks: ticks(14)? + ticks(15)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_sleeps_is_shown_as_such() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let mine = format!("/proc/{}/task/", child.id());
+        let shown = || {
+            let found = threads().into_iter().find(|t| t.path.starts_with(&mine));
+            found.map(|thread| thread.shown)
+        };
+        crate::wait_for("the child to sleep", || {
+            shown().as_deref() == Some("(sleep) S")
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(shown(), None);
+    }
 }
