@@ -19,6 +19,8 @@ pub mod docker;
 pub mod evidence;
 pub mod leaks;
 pub mod loop_device;
+pub mod memory_cgroup;
+pub mod mounted;
 pub mod oci;
 pub mod pod;
 pub mod podman;

@@ -2,9 +2,8 @@
 
 use coffer_tests::Test;
 use coffer_tests::bundle::Bundle;
+use coffer_tests::memory_cgroup::MemoryCgroup;
 use serde_json::{Value, json};
-use std::fs;
-use std::path::{Path, PathBuf};
 
 #[test]
 fn a_memory_limit_that_is_hit_is_reported_with_the_container() {
@@ -84,33 +83,13 @@ fn number(value: &Value, name: &str) -> Option<u64> {
     }
 }
 
-/// The host's memory cgroup of a sandbox that `coffer run` made, and its files for the limit and for the usage.
-fn host_cgroup(sandbox: &str) -> (PathBuf, PathBuf) {
-    let root = Path::new("/sys/fs/cgroup");
-    let (hierarchy, limit, usage) = if root.join("cgroup.controllers").exists() {
-        (root.to_owned(), "memory.max", "memory.current")
-    } else {
-        let files = ("memory.limit_in_bytes", "memory.usage_in_bytes");
-        (root.join("memory"), files.0, files.1)
-    };
-    let parent = hierarchy.join("coffer");
-    let name = fs::read_dir(&parent)
-        .unwrap()
-        .flatten()
-        .map(|entry| entry.file_name().into_string().unwrap())
-        .find(|name| name.starts_with(sandbox))
-        .expect("the sandbox has a cgroup");
-    let cgroup = parent.join(name);
-    (cgroup.join(limit), cgroup.join(usage))
-}
-
 #[test]
 fn a_vm_that_the_host_has_no_memory_for_is_reported_as_such() {
     let test = Test::new("hostoom");
     let sandbox = test.background(&["--memory", "256m"], &["sleep", "600"]);
-    let (limit, usage) = host_cgroup(&sandbox.id);
-    let used: u64 = fs::read_to_string(usage).unwrap().trim().parse().unwrap();
-    fs::write(limit, (used + (16 << 20)).to_string()).unwrap();
+    MemoryCgroup::at("/coffer")
+        .child(&sandbox.id)
+        .leave(16 << 20);
     // Memory that the guest has not touched yet.
     let _ = sandbox.exec(&["tail", "-c", "150m", "/dev/zero"]);
     sandbox.wait_status("stopped");

@@ -5,5 +5,5 @@ pub mod node;
 pub mod pod;
 pub mod stream;
 
-pub use node::Node;
+pub use node::{Config, Handler, Node};
 pub use pod::{Container, Pod};

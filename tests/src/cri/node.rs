@@ -1,4 +1,5 @@
-//! containerd with the CRI plugin as a node of a cluster has it: handlers `runc` and `coffer`, a bridge CNI, two images.
+//! containerd with the CRI plugin as a node of a cluster has it: handlers `runc` and `coffer`, a bridge CNI, two images. A third handler
+//! wires its pods with several interfaces.
 //!
 //! It runs in a network namespace of the test's own, so bridge, port mappings and the streaming server's port are nobody else's, and
 //! whatever a CNI plugin leaves goes with the namespace. The test's thread is in it too: it is "outside" for the pods.
@@ -12,6 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU32;
 
 /// busybox, with no entry point of its own.
 pub const IMAGE: &str = "docker.io/library/busybox:test";
@@ -22,14 +24,37 @@ const PAUSE: &str = "trap exit TERM INT; while :; do sleep 3600 & wait; done";
 pub const WITHOUT_PAUSE: &str = "coffer-without-pause";
 /// Part of PATH with the containerd of Debian's development branch, which only the test node has.
 const NEXT: &str = "/opt/containerd-next/usr/bin:";
+/// The handler of Coffer's whose pods have several interfaces.
+pub const WIRED: &str = "coffer-wired";
 /// Where Debian's package puts the CNI plugins.
 const CNI_PLUGINS: &str = "/usr/lib/cni";
 /// The bridge's address, as pods see it.
 pub const GATEWAY: &str = "10.77.0.1";
+/// A link of the node's, whose other end is the world for pods with a macvlan interface.
+pub const WIRE: [&str; 2] = ["wire0", "wire1"];
 /// The plugin's section of containerd's configuration, version 2.
 const CRI: &str = r#"plugins."io.containerd.grpc.v1.cri""#;
 /// All that the CRI makes is in this namespace of containerd.
 const NAMESPACE: &str = "k8s.io";
+
+/// A further handler of Coffer's.
+#[derive(Debug, Clone, Copy)]
+pub struct Handler<'a> {
+    pub name: &'a str,
+    pub config: Config<'a>,
+}
+
+/// How a handler says what is to be other than by default.
+#[derive(Debug, Clone, Copy)]
+pub enum Config<'a> {
+    /// A `coffer.toml` of its own, which its options name.
+    File(&'a str),
+    /// Keys of `coffer.toml` in its options, from containerd 1.7 on.
+    Inline(&'a str),
+    /// A directory with CNI configurations.
+    Network(&'a Path),
+    Default,
+}
 
 /// One node.
 #[derive(Debug)]
@@ -41,24 +66,26 @@ pub struct Node<'t> {
     programs: &'static str,
     /// Name of the test's parent cgroup.
     pub cgroup: String,
+    /// How many pods there have been.
+    pub(super) pods: AtomicU32,
 }
 
 impl<'t> Node<'t> {
     pub fn start(test: &'t Test) -> Self {
-        Self::make(test, "", &[])
+        Self::with_handlers(test, &[])
     }
 
-    /// A node with the next major version of containerd, and the handler [`WITHOUT_PAUSE`]. Only the test node has it.
-    pub fn next(test: &'t Test) -> Self {
-        Self::make(test, NEXT, &[])
-    }
-
-    /// A node with further handlers of Coffer's: each a name and a `coffer.toml`.
-    pub fn with_handlers(test: &'t Test, handlers: &[(&str, &str)]) -> Self {
+    /// A node with further handlers.
+    pub fn with_handlers(test: &'t Test, handlers: &[Handler<'_>]) -> Self {
         Self::make(test, "", handlers)
     }
 
-    fn make(test: &'t Test, programs: &'static str, handlers: &[(&str, &str)]) -> Self {
+    /// A node with the next major version of containerd, and the handler [`WITHOUT_PAUSE`]. Only the test node has it.
+    pub fn next(test: &'t Test, handlers: &[Handler<'_>]) -> Self {
+        Self::make(test, NEXT, handlers)
+    }
+
+    fn make(test: &'t Test, programs: &'static str, handlers: &[Handler<'_>]) -> Self {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .expect("root may have a network namespace");
         host("ip", &["link", "set", "lo", "up"]).expect("ip is installed");
@@ -68,6 +95,7 @@ impl<'t> Node<'t> {
             daemon: Mutex::new(None),
             programs,
             cgroup: test.id(),
+            pods: AtomicU32::new(0),
         };
         node.configure(handlers).expect("scratch is ours");
         node.launch();
@@ -79,36 +107,83 @@ impl<'t> Node<'t> {
         self.test.dir().join(format!("containerd.{name}"))
     }
 
-    fn configure(&self, handlers: &[(&str, &str)]) -> Result<()> {
-        let cni = self.path("cni");
-        fs::create_dir(&cni)?;
+    fn configure(&self, handlers: &[Handler<'_>]) -> Result<()> {
+        let (cni, wired) = (self.path("cni"), self.path("wired"));
+        for dir in [&cni, &wired] {
+            fs::create_dir(dir)?;
+        }
+        let subnet = json!([{"subnet": "10.77.0.0/16", "gateway": GATEWAY}]);
         let list = json!({
             "cniVersion": "0.4.0",
             "name": "pods",
             "plugins": [
                 {
                     "type": "bridge", "bridge": "pods0", "isGateway": true, "hairpinMode": true,
-                    "ipam": {
-                        "type": "host-local",
-                        "ranges": [[{"subnet": "10.77.0.0/16", "gateway": GATEWAY}]],
-                        "routes": [{"dst": "0.0.0.0/0"}],
-                        "dataDir": self.path("addresses"),
-                    },
+                    "ipam": self.ipam(&json!([subnet]), &json!([{"dst": "0.0.0.0/0"}])),
                 },
                 {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
             ],
         });
         fs::write(cni.join("10-pods.conflist"), list.to_string())?;
-        let mut toml = self.toml() + &handler("coffer", None);
-        if self.programs == NEXT {
-            toml = toml + &handler(WITHOUT_PAUSE, None) + "sandboxer = \"shim\"\n";
+        for (name, network) in self.interfaces() {
+            fs::write(wired.join(format!("{name}.conf")), network.to_string())?;
         }
-        for (name, config) in handlers {
-            let file = self.path(&format!("{name}.toml"));
-            fs::write(&file, config)?;
-            toml += &handler(name, Some(&file));
+        let own = |name, config| self.handler(&Handler { name, config });
+        let mut toml = self.toml() + &own("coffer", Config::Default)?;
+        toml += &own(WIRED, Config::Network(&wired))?;
+        if self.programs == NEXT {
+            toml = toml + &own(WITHOUT_PAUSE, Config::Default)? + "sandboxer = \"shim\"\n";
+        }
+        for handler in handlers {
+            toml += &self.handler(handler)?;
         }
         Ok(fs::write(self.path("toml"), toml)?)
+    }
+
+    fn ipam(&self, ranges: &Value, routes: &Value) -> Value {
+        let dir = self.path("addresses");
+        json!({"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": dir})
+    }
+
+    /// The networks of [`WIRED`]: a bridge with both families, a point-to-point link, a macvlan on [`WIRE`]; no two with the same MTU.
+    fn interfaces(&self) -> [(&'static str, Value); 3] {
+        let both = json!([[{"subnet": "10.78.0.0/16"}], [{"subnet": "fd78::/64"}]]);
+        let routes = json!([{"dst": "0.0.0.0/0"}, {"dst": "::/0"}, {"dst": "172.30.0.0/16"}]);
+        let bridge = json!({
+            "cniVersion": "0.4.0", "name": "wired-bridge", "type": "bridge",
+            "bridge": "pods1", "isGateway": true, "mtu": 1430, "ipam": self.ipam(&both, &routes),
+        });
+        let four = json!([[{"subnet": "10.79.0.0/24"}]]);
+        let routes = json!([{"dst": "172.31.0.0/16"}]);
+        let ptp = json!({
+            "cniVersion": "0.4.0", "name": "wired-ptp", "type": "ptp", "mtu": 1400, "ipam": self.ipam(&four, &routes),
+        });
+        let addresses = json!([{"address": "10.80.0.2/24"}]);
+        let routes = json!([{"dst": "172.32.0.0/16", "gw": "10.80.0.1"}]);
+        let macvlan = json!({
+            "cniVersion": "0.4.0", "name": "wired-macvlan", "type": "macvlan", "master": WIRE[0], "mode": "bridge", "mtu": 1380,
+            "ipam": {"type": "static", "addresses": addresses, "routes": routes},
+        });
+        [("1", bridge), ("2", ptp), ("3", macvlan)]
+    }
+
+    /// A handler's section of containerd's configuration.
+    fn handler(&self, handler: &Handler<'_>) -> Result<String> {
+        let section = format!("{CRI}.containerd.runtimes.{}", handler.name);
+        let rest = match handler.config {
+            Config::Default => String::new(),
+            Config::Network(dir) => format!("cni_conf_dir = {dir:?}\ncni_max_conf_num = 3\n"),
+            Config::Inline(keys) => format!("[{section}.options]\n{keys}\n"),
+            Config::File(keys) => {
+                let file = self.path(&format!("{}.toml", handler.name));
+                fs::write(&file, keys)?;
+                format!("[{section}.options]\nConfigPath = {file:?}\n")
+            }
+        };
+        Ok(format!(
+            "[{section}]\nruntime_type = \"io.containerd.coffer.v2\"\npod_annotations = [\"io.coffer.*\"]\n\
+             privileged_without_host_devices = true\n{rest}"
+        ))
     }
 
     fn toml(&self) -> String {
@@ -117,7 +192,7 @@ impl<'t> Node<'t> {
         format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\n[grpc]\naddress = {sock:?}\n\
              [{CRI}]\nsandbox_image = {PAUSE_IMAGE:?}\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-             restrict_oom_score_adj = true\n\
+             restrict_oom_score_adj = true\ndisable_hugetlb_controller = false\n\
              [{CRI}.cni]\nbin_dir = {CNI_PLUGINS:?}\nconf_dir = {cni:?}\n\
              [{CRI}.containerd]\nsnapshotter = \"overlayfs\"\ndefault_runtime_name = \"runc\"\n\
              [{CRI}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n"
@@ -201,6 +276,14 @@ impl<'t> Node<'t> {
         Pod::run(self, handler, name, change)
     }
 
+    /// containerd's version, as the CRI tells it.
+    pub fn version(&self) -> String {
+        let answer = self.cri.call("Version", &json!({}));
+        let version = answer.expect("containerd runs")["runtime_version"].take();
+        let version = version.as_str().expect("a version");
+        version.trim_start_matches('v').to_owned()
+    }
+
     /// What containerd logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()
@@ -213,17 +296,6 @@ impl<'t> Node<'t> {
             .filter(|pid| leaks::command_line(*pid).contains("containerd-shim-"))
             .collect()
     }
-}
-
-/// The section of a handler in containerd's configuration.
-fn handler(name: &str, config: Option<&Path>) -> String {
-    let section = format!("{CRI}.containerd.runtimes.{name}");
-    let options = config.map(|path| format!("[{section}.options]\nConfigPath = {path:?}\n"));
-    format!(
-        "[{section}]\nruntime_type = \"io.containerd.coffer.v2\"\npod_annotations = [\"io.coffer.*\"]\n\
-         privileged_without_host_devices = true\n{}",
-        options.unwrap_or_default()
-    )
 }
 
 /// The state directory of a pod's sandbox.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 /// What a kubelet hides from every container that is not privileged.
 const MASKED: [&str; 5] = [
@@ -46,10 +47,12 @@ impl<'n> Pod<'n> {
         name: &str,
         change: Value,
     ) -> Result<Self> {
-        let logs = node.test.dir().join("logs").join(handler).join(name);
+        // Scenarios that run at a time have pods of the same name.
+        let uid = format!("{name}-{}", node.pods.fetch_add(1, Ordering::Relaxed));
+        let logs = node.test.dir().join("logs").join(&uid);
         fs::create_dir_all(&logs).context("scratch is ours")?;
         let mut config = json!({
-            "metadata": {"name": name, "namespace": "test", "uid": format!("uid-{name}"), "attempt": 0},
+            "metadata": {"name": name, "namespace": "test", "uid": uid, "attempt": 0},
             "hostname": name,
             "log_directory": logs,
             "labels": {"app": name},
@@ -121,6 +124,24 @@ impl<'n> Pod<'n> {
     /// The pod's address on the bridge.
     pub fn ip(&self) -> String {
         text(&self.status()["network"]["ip"])
+    }
+
+    /// Its network namespace on the host.
+    pub fn netns(&self) -> PathBuf {
+        let request = json!({"pod_sandbox_id": self.id, "verbose": true});
+        let answer = self.call("PodSandboxStatus", &request);
+        let info: Value = serde_json::from_str(&text(&answer["info"]["info"])).expect("JSON");
+        let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array();
+        let mut all = namespaces.into_iter().flatten();
+        let network = all.find(|namespace| namespace["type"] == "network");
+        PathBuf::from(text(
+            &network.expect("a pod with a pause container")["path"],
+        ))
+    }
+
+    /// The path of its cgroup on the host.
+    pub fn cgroup(&self) -> String {
+        format!("/{}/{}", self.node.cgroup, self.id)
     }
 
     pub fn stats(&self) -> Value {

@@ -1,14 +1,16 @@
 //! Containers of a pod from create to remove, and the streams of their processes.
 
 use crate::{APP, COFFER};
-use coffer_tests::cri::node::WITHOUT_PAUSE;
 use coffer_tests::cri::stream::{RESIZE, STDIN, STDOUT};
-use coffer_tests::cri::{Node, grpc, pod};
+use coffer_tests::cri::{Container, Node, Pod, grpc, pod};
 use coffer_tests::wait_for;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
+/// The kernel that a container runs on, its namespaces, and its first process.
+const OWN: &str = "cat /proc/sys/kernel/random/boot_id; cd /proc/self/ns; for n in net ipc uts pid; do readlink $n; done
+    tr '\\0' ' ' < /proc/1/cmdline";
 
 /// Namespaces, init container, restart in place, grace, and a pod that outlives its containers.
 pub fn several_containers(node: &Node<'_>, handler: &str) {
@@ -26,42 +28,34 @@ pub fn several_containers(node: &Node<'_>, handler: &str) {
         "nc -ll -p 7777 -e cat & trap 'echo ending; exit 3' TERM; while :; do sleep 1; done";
     let one = pod.sh("one", server, json!({}));
     let two = pod.sh("two", "sleep 1000", json!({}));
-    assert_eq!(one.sh(BOOT_ID), two.sh(BOOT_ID), "two VMs were made");
+    // One kernel, and one of each namespace but those of processes and mounts.
+    let (of_one, of_two) = (one.sh(OWN), two.sh(OWN));
+    let ([kernel, shared @ .., _, _], [of_twos, shared_with @ .., pid, init]) =
+        (&*lines(&of_one), &*lines(&of_two))
+    else {
+        panic!("{of_one:?} {of_two:?}");
+    };
+    assert_eq!(kernel, of_twos, "two VMs were made");
+    assert_eq!((shared.len(), shared), (3, shared_with));
+    assert!(!of_one.contains(pid) && *init == "sleep 1000", "{of_two}");
     assert_eq!(two.sh("echo across | nc -w 60 127.0.0.1 7777"), "across");
-    for namespace in ["net", "ipc", "uts"] {
-        let script = format!("readlink /proc/self/ns/{namespace}");
-        assert_eq!(one.sh(&script), two.sh(&script), "{namespace}");
-    }
-    let own = "readlink /proc/self/ns/pid; tr '\\0' ' ' < /proc/1/cmdline";
-    assert_ne!(one.sh(own), two.sh(own));
-    assert_eq!(two.sh("tr '\\0' ' ' < /proc/1/cmdline"), "sleep 1000");
-    // containerd writes it for pods with a pause container only.
-    if handler != WITHOUT_PAUSE {
-        let resolv = one.sh("cat /etc/resolv.conf");
-        for line in [
-            "search pods.test",
-            "nameserver 192.0.2.53",
-            "options ndots:5",
-        ] {
-            assert!(resolv.lines().any(|l| l == line), "{resolv}");
-        }
-    }
+    names_and_shared_memory(&one, &two);
 
     // A trusted pod on the same node, on the host's kernel.
     let trusted = node.pod("runc", "trusted", config);
     let beside = trusted.sh("app", APP, json!({}));
-    assert_ne!(one.sh("uname -r"), beside.sh("uname -r"));
+    assert_ne!(beside.sh(BOOT_ID), *kernel);
     drop(beside);
     drop(trusted);
 
     // Restart in place, with the next attempt's name.
-    let before = two.sh(BOOT_ID);
+    let before = kernel;
     one.stop(20);
     assert_eq!(one.wait(), (3, "Error".into()));
     assert_eq!(one.logged("stdout"), ["ending"], "the grace was not given");
     one.remove();
     let again = pod.sh("one", APP, json!({"metadata": {"attempt": 1}}));
-    assert_eq!(again.sh(BOOT_ID), before);
+    assert_eq!(again.sh(BOOT_ID), *before);
     again.remove();
     let since = Instant::now();
     two.stop(1);
@@ -70,10 +64,9 @@ pub fn several_containers(node: &Node<'_>, handler: &str) {
     two.remove();
 
     // No container of the user's is left; the pod stays.
-    std::thread::sleep(Duration::from_secs(1));
     assert_eq!(pod.status()["state"], "SANDBOX_READY");
     let late = pod.sh("late", APP, json!({}));
-    assert_eq!(late.sh(BOOT_ID), before);
+    assert_eq!(late.sh(BOOT_ID), *before);
     pod.stop();
     assert_eq!(pod.status()["state"], "SANDBOX_NOTREADY");
     assert_eq!(late.status()["state"], "CONTAINER_EXITED");
@@ -88,7 +81,30 @@ pub fn several_containers(node: &Node<'_>, handler: &str) {
     );
 }
 
-pub fn exec_attach_and_stats(node: &Node<'_>) {
+/// The pod's files, as the kubelet's configuration has them, whoever writes them; and its shared memory.
+fn names_and_shared_memory(one: &Container<'_>, two: &Container<'_>) {
+    let names = one.sh("cat /etc/resolv.conf /etc/hostname /etc/hosts; echo shared > /dev/shm/x");
+    for line in [
+        "search pods.test",
+        "nameserver 192.0.2.53",
+        "options ndots:5",
+        "several",
+    ] {
+        assert!(names.lines().any(|l| l == line), "{names}");
+    }
+    assert!(names.contains("localhost"), "{names}");
+    assert_eq!(
+        two.sh("cat /dev/shm/x; stat -c %a /dev/shm; df -m /dev/shm | awk 'END {print $2}'"),
+        "shared\n1777\n64"
+    );
+}
+
+fn lines(text: &str) -> Vec<&str> {
+    text.lines().collect()
+}
+
+/// Processes in a container, its streams and its log; all of which outlive containerd.
+pub fn processes_and_streams(node: &Node<'_>) {
     let pod = node.pod(COFFER, "streams", json!({}));
     let app = pod.sh(
         "app",
@@ -160,18 +176,33 @@ pub fn exec_attach_and_stats(node: &Node<'_>) {
     let containers = of_pod["linux"]["containers"].as_array().unwrap();
     assert_eq!(containers.len(), 1, "{of_pod}");
     assert_eq!(containers[0]["attributes"]["id"], *app.id);
+    ephemeral_container(&pod);
+    restart_of_containerd(&pod);
 }
 
-pub fn restart_of_containerd(node: &Node<'_>) {
-    let pod = node.pod(COFFER, "stays", json!({}));
+/// One in the PID namespace of one container, as `kubectl debug --target` makes it.
+fn ephemeral_container(pod: &Pod<'_>) {
+    let app = pod.sh("target", "sleep 3456", json!({}));
+    let target = json!({"pid": "TARGET", "target_id": app.id});
+    let target = json!({"linux": {"security_context": {"namespace_options": target}}});
+    let debug = pod.sh("debug", APP, target);
+    let _other = pod.sh("other", "sleep 4567", json!({}));
+    let all = debug.sh("ps");
+    assert!(
+        all.contains("sleep 3456") && !all.contains("sleep 4567"),
+        "{all}"
+    );
+}
+
+fn restart_of_containerd(pod: &Pod<'_>) {
     let talks = "i=0; while :; do i=$((i + 1)); echo $i; sleep 1; done";
     let (talker, ends) = (
         pod.sh("talker", talks, json!({})),
         pod.sh("ends", "sleep 5; exit 9", json!({})),
     );
-    node.kill();
+    pod.node.kill();
     std::thread::sleep(Duration::from_secs(7));
-    node.launch();
+    pod.node.launch();
     assert_eq!(pod.status()["state"], "SANDBOX_READY");
     assert_eq!(ends.wait().0, 9);
     assert_eq!(talker.sh("echo still here"), "still here");
@@ -200,14 +231,4 @@ pub fn shared_pid_namespace(node: &Node<'_>) {
     two.sh("kill -USR1 $(ps | awk '/[e]xit 9/ {print $1}')");
     assert_eq!(one.wait().0, 9);
     assert_eq!(two.status()["state"], "CONTAINER_RUNNING");
-
-    // An ephemeral container in the PID namespace of one container, as `kubectl debug --target` makes it.
-    let lone = node.pod(COFFER, "target", json!({}));
-    let app = lone.sh("app", "sleep 3456", json!({}));
-    let target = json!({"pid": "TARGET", "target_id": app.id});
-    let target = json!({"linux": {"security_context": {"namespace_options": target}}});
-    let debug = lone.sh("debug", APP, target);
-    assert!(debug.sh("ps").contains("sleep 3456"));
-    let _other = lone.sh("other", "sleep 4567", json!({}));
-    assert!(!debug.sh("ps").contains("sleep 4567"));
 }

@@ -12,6 +12,7 @@ mod volumes;
 
 use coffer_tests::Test;
 use coffer_tests::cri::Node;
+use resources::wrong_handlers;
 
 /// The handler under test.
 const COFFER: &str = "coffer";
@@ -23,7 +24,7 @@ mod alone {
 
     fn run(scenario: fn(&Node<'_>)) {
         let test = Test::new("cri");
-        scenario(&Node::start(&test));
+        scenario(&Node::with_handlers(&test, &wrong_handlers()));
     }
 
     #[test]
@@ -32,8 +33,8 @@ mod alone {
     }
 
     #[test]
-    fn processes_are_executed_attached_to_and_measured() {
-        run(lifecycle::exec_attach_and_stats);
+    fn processes_are_executed_attached_to_and_measured_and_outlive_containerd() {
+        run(lifecycle::processes_and_streams);
     }
 
     #[test]
@@ -42,23 +43,28 @@ mod alone {
     }
 
     #[test]
-    fn a_restart_of_containerd_loses_no_pod() {
-        run(lifecycle::restart_of_containerd);
-    }
-
-    #[test]
     fn pods_are_on_a_bridge() {
         run(network::pods_on_a_bridge);
     }
 
     #[test]
-    fn a_forwarded_port_is_the_guests() {
-        run(network::port_forward);
+    fn pods_have_interfaces_of_many_kinds() {
+        run(network::interfaces_of_many_kinds);
     }
 
     #[test]
     fn limits_hold_and_change() {
         run(resources::limits_and_their_change);
+    }
+
+    #[test]
+    fn the_vm_follows_the_limits() {
+        run(resources::the_vm_follows_the_limits);
+    }
+
+    #[test]
+    fn a_wrong_configuration_is_named() {
+        run(resources::wrong_configurations);
     }
 
     #[test]
@@ -70,45 +76,75 @@ mod alone {
     fn volumes_are_mounted() {
         run(volumes::volumes);
     }
-
-    #[test]
-    fn block_volumes_are_devices() {
-        run(volumes::block_device);
-    }
 }
 
 mod together {
     use super::*;
     use coffer_tests::cri::node::WITHOUT_PAUSE;
+    use std::sync::Mutex;
+    use std::time::Instant;
+
+    /// Scenarios at a time: one waits while the other works.
+    const AT_A_TIME: usize = 2;
+
+    type Scenario = (&'static str, fn(&Node<'_>));
+
+    const ALL: [Scenario; 9] = [
+        ("volumes", volumes::volumes),
+        ("security contexts", security::security_contexts),
+        ("several containers", |node| {
+            lifecycle::several_containers(node, COFFER);
+        }),
+        ("limits", resources::limits_and_their_change),
+        ("VM size", resources::the_vm_follows_the_limits),
+        ("bridge", network::pods_on_a_bridge),
+        ("interfaces", network::interfaces_of_many_kinds),
+        ("shared PIDs", lifecycle::shared_pid_namespace),
+        ("wrong configurations", resources::wrong_configurations),
+    ];
+    /// What containerd has from version 2 on.
+    const NEXT: [Scenario; 2] = [
+        ("several containers without pause", |node| {
+            lifecycle::several_containers(node, WITHOUT_PAUSE);
+        }),
+        ("users", security::users_of_the_pod),
+    ];
 
     #[test]
-    fn lives_of_pods() {
-        let test = Test::new("crilives");
-        let node = Node::start(&test);
-        lifecycle::several_containers(&node, COFFER);
-        lifecycle::exec_attach_and_stats(&node);
-        lifecycle::restart_of_containerd(&node);
-        lifecycle::shared_pid_namespace(&node);
-    }
-
-    #[test]
-    fn what_surrounds_pods() {
-        let test = Test::new("crirest");
-        let node = Node::start(&test);
-        network::pods_on_a_bridge(&node);
-        network::port_forward(&node);
-        resources::limits_and_their_change(&node);
-        security::security_contexts(&node);
-        volumes::volumes(&node);
-        volumes::block_device(&node);
+    fn pods_on_this_containerd() {
+        let test = Test::new("crithis");
+        run(&Node::with_handlers(&test, &wrong_handlers()), &ALL);
     }
 
     #[test]
     fn pods_on_the_next_containerd() {
         let test = Test::new("crinext");
-        let node = Node::next(&test);
-        lifecycle::several_containers(&node, COFFER);
-        lifecycle::several_containers(&node, WITHOUT_PAUSE);
-        lifecycle::exec_attach_and_stats(&node);
+        let scenarios = [&NEXT[..], &ALL].concat();
+        run(&Node::next(&test, &wrong_handlers()), &scenarios);
+    }
+
+    /// Runs all of them, and fails with the list of those that failed.
+    fn run(node: &Node<'_>, scenarios: &[Scenario]) {
+        println!("containerd {}", node.version());
+        let (rest, failed) = (Mutex::new(scenarios.iter()), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            let work = || {
+                let next = || rest.lock().unwrap().next();
+                while let Some((name, scenario)) = next() {
+                    let since = Instant::now();
+                    let done = std::thread::scope(|scope| scope.spawn(|| scenario(node)).join());
+                    println!("{:6.1} s  {name}", since.elapsed().as_secs_f32());
+                    if done.is_err() {
+                        failed.lock().unwrap().push(*name);
+                    }
+                }
+            };
+            for _ in 0..AT_A_TIME {
+                scope.spawn(work);
+            }
+        });
+        // It ends containerd, so it runs alone.
+        lifecycle::processes_and_streams(node);
+        assert_eq!(failed.into_inner().unwrap(), [""; 0]);
     }
 }

@@ -1,8 +1,10 @@
 //! The security context of pods and containers, as the processes see it.
 
 use crate::{APP, COFFER};
-use coffer_tests::cri::Node;
+use coffer_tests::cri::{Node, pod};
 use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 fn context(context: &Value) -> Value {
     json!({"linux": {"security_context": context}})
@@ -25,13 +27,11 @@ pub fn security_contexts(node: &Node<'_>) {
             "capabilities": {"drop_capabilities": ["ALL"]},
         })),
     );
+    let own = ["CapEff", "NoNewPrivs", "Seccomp"].map(field).join("; ");
     assert_eq!(
-        user.sh("id -u; id -g; id -G"),
-        "1000\n1234\n1234 10 2000 3000 4000"
+        user.sh(&format!("id -u; id -g; id -G; {own}")),
+        "1000\n1234\n1234 10 2000 3000 4000\n0000000000000000\n1\n2"
     );
-    assert_eq!(user.sh(&field("CapEff")), "0000000000000000");
-    assert_eq!(user.sh(&field("NoNewPrivs")), "1");
-    assert_eq!(user.sh(&field("Seccomp")), "2");
     let write = user.exec("echo x > /tmp/x");
     assert!(write.stderr.contains("Read-only file system"), "{write:?}");
     assert_eq!(
@@ -56,12 +56,18 @@ pub fn security_contexts(node: &Node<'_>) {
     // containerd's default set, without CAP_CHOWN, with CAP_SYS_TIME.
     assert_eq!(plain.sh(&field("CapEff")), "00000000aa0425fa");
     assert_eq!(plain.sh("wc -c < /proc/keys"), "0");
-    assert!(plain.exec("echo x > /proc/sysrq-trigger").code != 0);
-    assert!(plain.exec("mount -t tmpfs t /tmp").code != 0);
-    assert!(
-        plain.exec("unshare -U true").code != 0,
-        "RuntimeDefault forbids it"
-    );
+    for forbidden in [
+        "echo x > /proc/sysrq-trigger",
+        "mount -t tmpfs t /tmp",
+        // By RuntimeDefault.
+        "unshare -U true",
+    ] {
+        assert_ne!(plain.exec(forbidden).code, 0, "{forbidden}");
+    }
+    let device =
+        json!({"host_path": "/dev/kvm", "container_path": "/dev/kvm", "permissions": "rw"});
+    let refused = pod::refusal(pod.try_sh("device", APP, json!({"devices": [device]})));
+    assert!(refused.contains("/dev/kvm"), "{refused}");
 
     let custom = node.test.dir().join("profile.json");
     let profile = json!({
@@ -69,16 +75,11 @@ pub fn security_contexts(node: &Node<'_>) {
         "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}],
     });
-    std::fs::write(&custom, profile.to_string()).unwrap();
+    fs::write(&custom, profile.to_string()).unwrap();
     let seccomp = json!({"profile_type": "Localhost", "localhost_ref": custom});
     let filtered = pod.sh("filtered", APP, context(&json!({"seccomp": seccomp})));
-    assert!(
-        filtered
-            .exec("mkdir /tmp/d")
-            .stderr
-            .contains("not permitted")
-    );
-    filtered.sh("touch /tmp/f");
+    let refused = filtered.exec("touch /tmp/f && mkdir /tmp/d");
+    assert!(refused.stderr.contains("not permitted"), "{refused:?}");
 
     let privileged = node.pod(COFFER, "privileged", context(&json!({"privileged": true})));
     let root = privileged.sh(
@@ -89,11 +90,38 @@ pub fn security_contexts(node: &Node<'_>) {
             "seccomp": {"profile_type": "Unconfined"},
         })),
     );
-    assert_eq!(root.sh(&field("Seccomp")), "0");
-    root.sh("mkdir /tmp/m && mount -t tmpfs t /tmp/m && umount /tmp/m");
-    root.sh("echo 1 > /proc/sys/vm/overcommit_memory");
-    assert!(
-        !root.sh("ls /dev").contains("kvm"),
-        "devices of the host are in the VM"
+    let all = "mkdir /tmp/m && mount -t tmpfs t /tmp/m && umount /tmp/m && echo 1 > /proc/sys/vm/overcommit_memory && ls /dev";
+    let seen = root.sh(&format!("{}; {all}", field("Seccomp")));
+    assert!(seen.starts_with("0\n"), "{seen}");
+    assert!(!seen.contains("kvm"), "devices of the host are in the VM");
+}
+
+/// `hostUsers: false`, and `supplementalGroupsPolicy: Strict`. containerd has both from version 2 on.
+pub fn users_of_the_pod(node: &Node<'_>) {
+    let mapping = json!([{"host_id": 100_000, "container_id": 0, "length": 65_536}]);
+    let users = json!({"mode": "POD", "uids": mapping, "gids": mapping});
+    let mapped = context(&json!({"namespace_options": {"userns_options": users}}));
+    let volume = node.test.dir().join("mapped");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("roots"), "").unwrap();
+    let mut config = mapped.clone();
+    config["mounts"] = json!([{
+        "host_path": volume, "container_path": "/v", "uidMappings": mapping, "gidMappings": mapping,
+    }]);
+    let pod = node.pod(COFFER, "users", mapped.clone());
+    let app = pod.sh("app", APP, config);
+    let script = "tr -s ' ' < /proc/self/uid_map; touch /v/new /new; stat -c %u /v/roots /v/new /new /etc/passwd; cat /etc/resolv.conf > /dev/null";
+    assert_eq!(app.sh(script), " 0 100000 65536\n0\n0\n0\n0");
+    assert_eq!(fs::metadata(volume.join("new")).unwrap().uid(), 0);
+
+    let mut config = mapped;
+    pod::merge(
+        &mut config,
+        context(&json!({
+            "run_as_user": {"value": "1000"}, "run_as_group": {"value": "1234"},
+            "supplemental_groups": ["3000"], "supplemental_groups_policy": "Strict",
+        })),
     );
+    let strict = pod.sh("strict", APP, config);
+    assert_eq!(strict.sh("id -G"), "1234 3000");
 }

@@ -1,14 +1,18 @@
 //! What a kubelet mounts into containers.
 
 use crate::{APP, COFFER};
-use coffer_tests::cri::Node;
 use coffer_tests::cri::pod::refusal;
+use coffer_tests::cri::{Node, Pod};
 use coffer_tests::loop_device::LoopDevice;
-use coffer_tests::{host, wait_for};
+use coffer_tests::mounted::Mounted;
+use coffer_tests::{asset, wait_for};
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
+
+/// The group that the pod's volumes belong to (`fsGroup`).
+const FS_GROUP: u32 = 2345;
 
 fn mount(from: &Path, to: &str, read_only: bool) -> Value {
     json!({"host_path": from, "container_path": to, "readonly": read_only})
@@ -22,35 +26,30 @@ fn publish(volume: &Path, version: &str, content: &str) {
     fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
 }
 
-/// A memory-backed emptyDir: a tmpfs of the host.
-struct Tmpfs<'p>(&'p Path);
-
-impl Drop for Tmpfs<'_> {
-    fn drop(&mut self) {
-        let _ = host("umount", &[self.0.to_str().unwrap()]);
-    }
-}
+/// Prints the name of what is moved into a directory; busybox has no tool for it, but there is Debian's perl.
+const WATCHER: &str = r#"exec chroot /debian perl -e '
+    $| = 1; my $fd = syscall(294, 0); my $watched = "/mnt"; syscall(254, $fd, $watched, 0x80) >= 0 or die "add_watch: $!";
+    print "watching\n"; open(my $events, "<&=", $fd) or die;
+    while (sysread($events, my $event, 4096)) { print unpack("Z*", substr($event, 16)), "\n" }'"#;
 
 pub fn volumes(node: &Node<'_>) {
     let dir = |name: &str| {
         let dir = node.test.dir().join(name);
-        fs::create_dir(&dir).unwrap();
+        fs::create_dir_all(&dir).unwrap();
         dir
     };
-    let (config_map, disk, memory, tree) = (dir("config"), dir("disk"), dir("memory"), dir("tree"));
+    let (config_map, disk, memory, tree) = (
+        dir("volumes/kubernetes.io~configmap/config"),
+        dir("disk"),
+        dir("memory"),
+        dir("tree"),
+    );
     publish(&config_map, "..v1", "one");
     symlink("..data/key", config_map.join("key")).unwrap();
-    fs::set_permissions(&disk, fs::Permissions::from_mode(0o777)).unwrap();
-    let tmpfs = [
-        "-t",
-        "tmpfs",
-        "-o",
-        "size=1m",
-        "tmpfs",
-        memory.to_str().unwrap(),
-    ];
-    host("mount", &tmpfs).unwrap();
-    let _tmpfs = Tmpfs(&memory);
+    // As the kubelet does for an fsGroup.
+    chown(&disk, None, Some(FS_GROUP)).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o2775)).unwrap();
+    let _tmpfs = Mounted::new(&memory, &["-t", "tmpfs", "-o", "size=1m", "tmpfs"]);
     fs::create_dir_all(tree.join("sub/path")).unwrap();
     fs::write(tree.join("sub/path/file"), "below").unwrap();
     let (hosts, termination) = (
@@ -72,7 +71,18 @@ pub fn volumes(node: &Node<'_>) {
     ]});
     let pod = node.pod(COFFER, "volumes", json!({}));
     let one = pod.sh("one", APP, mounts.clone());
-    let two = pod.sh("two", APP, mounts);
+    let user =
+        json!({"run_as_user": {"value": "1000"}, "supplemental_groups": [FS_GROUP.to_string()]});
+    let mut of_user = mounts;
+    of_user["linux"] = json!({"security_context": user});
+    let two = pod.sh("two", APP, of_user);
+    let watched = json!({"mounts": [
+        mount(&asset("debian"), "/debian", true),
+        mount(Path::new("/dev"), "/debian/dev", false),
+        mount(&config_map, "/debian/mnt", true),
+    ]});
+    let watcher = pod.sh("watcher", WATCHER, watched);
+    wait_for("the watcher", || watcher.logged("stdout") == ["watching"]);
 
     assert_eq!(
         one.sh("cat /etc/config/key /etc/one-file /sub/file"),
@@ -83,6 +93,9 @@ pub fn volumes(node: &Node<'_>) {
     wait_for("the update of the configMap", || {
         one.exec("cat /etc/config/key").stdout == "two"
     });
+    wait_for("its event", || {
+        watcher.logged("stdout").contains(&"..data".to_owned())
+    });
     for read_only in ["/etc/config/x", "/tree-ro/x", "/etc/one-file"] {
         let done = one.exec(&format!("echo x > {read_only}"));
         assert!(
@@ -92,10 +105,13 @@ pub fn volumes(node: &Node<'_>) {
     }
 
     one.sh("echo from one > /data/file; chown 1000:1000 /data/file; ln /data/file /data/link");
-    assert_eq!(two.sh("cat /data/link"), "from one");
+    assert_eq!(
+        two.sh("cat /data/link; touch /data/new; stat -c '%u %g' /data/new"),
+        format!("from one\n1000 {FS_GROUP}")
+    );
     assert_eq!(fs::read_to_string(disk.join("link")).unwrap(), "from one\n");
-    two.sh("echo changed >> /tree/sub/path/file");
-    assert_eq!(one.sh("cat /sub/file"), "belowchanged");
+    one.sh("echo changed >> /tree/sub/path/file");
+    assert_eq!(two.sh("cat /sub/file"), "belowchanged");
     fs::write(tree.join("late"), "from the host").unwrap();
     wait_for("a file of the host's", || {
         one.exec("cat /tree/late").stdout == "from the host"
@@ -114,9 +130,7 @@ pub fn volumes(node: &Node<'_>) {
     );
     one.sh("echo the reason > /dev/termination-log");
     assert_eq!(fs::read_to_string(&termination).unwrap(), "the reason\n");
-    one.sh("echo shared > /dev/shm/x");
-    assert_eq!(two.sh("cat /dev/shm/x"), "shared");
-    assert_eq!(two.sh("stat -c %a /dev/shm"), "1777");
+    block_device(&pod);
     drop(pod);
     assert_eq!(
         fs::read_to_string(tree.join("sub/path/file")).unwrap(),
@@ -124,23 +138,27 @@ pub fn volumes(node: &Node<'_>) {
     );
 }
 
-/// A raw block volume (`volumeDevices`), which comes after the pod's first container. QEMU has no place for it then.
-pub fn block_device(node: &Node<'_>) {
-    let disk = LoopDevice::new(node.test, "disk");
-    let pod = node.pod(COFFER, "block", json!({}));
+/// A raw block volume (`volumeDevices`) that comes after the pod's first container, for which QEMU has no place; and a file system on it.
+fn block_device(pod: &Pod<'_>) {
+    let disk = LoopDevice::new(pod.node.test, "block");
     let devices =
         json!([{"host_path": disk.name(), "container_path": "/dev/data", "permissions": "mrw"}]);
-    let config = json!({"devices": devices});
-    if node.test.hypervisor() != "coffer-vmm" {
-        let message = refusal(pod.try_sh("app", APP, config));
+    let capabilities = json!({"add_capabilities": ["SYS_ADMIN"]});
+    let security = json!({"security_context": {"capabilities": capabilities}});
+    let config = json!({"devices": devices, "linux": security});
+    if pod.node.test.hypervisor() != "coffer-vmm" {
+        let message = refusal(pod.try_sh("block", APP, config));
         assert!(
             message.contains("/dev/data") && message.contains("QEMU"),
             "{message}"
         );
         return;
     }
-    let app = pod.sh("app", APP, config);
+    let app = pod.sh("block", APP, config);
     app.sh("echo of the pod | dd of=/dev/data bs=4k seek=5 conv=notrunc,fsync");
     assert_eq!(disk.read(5 * 4096, 11), b"of the pod\n");
+    let script = "set -e; mke2fs /dev/data > /dev/null; mkdir /m; mount -t ext4 /dev/data /m; echo kept > /m/file; umount /m
+        mount -t ext4 /dev/data /m; cat /m/file; umount /m";
+    assert_eq!(app.sh(script), "kept");
     app.remove();
 }
