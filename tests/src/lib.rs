@@ -9,7 +9,7 @@
 //! image layouts), `COFFER_TEST_HYPERVISOR` (`qemu` or `coffer-vmm`). A test never skips itself for want of them.
 //!
 //! The callers that tests take the place of: [`cri`] a kubelet, [`shim`] and [`task`] containerd, [`conmon`] and [`oci`] an engine or its
-//! monitor; [`podman`] and [`docker`] run the real ones. [`bundle`] is what they run, [`loop_device`] a disk for it, [`pod`] a sandbox
+//! monitor; [`podman`], [`docker`] and [`systemd`] run the real ones. [`bundle`] is what they run, [`loop_device`] a disk for it, [`pod`] a sandbox
 //! with several of them, [`schema`] the form of what they get. [`evidence`] is what is printed of a test that fails.
 
 pub mod bundle;
@@ -26,6 +26,7 @@ pub mod pod;
 pub mod podman;
 pub mod schema;
 pub mod shim;
+pub mod systemd;
 pub mod task;
 
 use anyhow::{Context, Result, ensure};

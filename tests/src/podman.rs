@@ -29,23 +29,34 @@ pub struct Podman<'t> {
     test: &'t Test,
     runtime: &'static str,
     dir: PathBuf,
+    /// Words before each command; none where podman runs as the test does.
+    entrance: Vec<String>,
 }
 
 impl<'t> Podman<'t> {
     /// podman for a runtime: "coffer", "runc" or "crun"; with the image.
     pub fn new(test: &'t Test, runtime: &'static str) -> Self {
+        Self::within(test, runtime, Vec::new())
+    }
+
+    /// The same where these words lead to, as into the namespaces of a systemd.
+    fn within(test: &'t Test, runtime: &'static str, entrance: Vec<String>) -> Self {
         let dir = test.dir().join(format!("podman-{runtime}"));
         for name in ["", "bin", "networks"] {
             fs::create_dir(dir.join(name)).expect("scratch is ours");
         }
-        let podman = Self { test, runtime, dir };
+        let podman = Self {
+            test,
+            runtime,
+            dir,
+            entrance,
+        };
         let program = if podman.is_coffer() {
             podman.wrapper()
         } else {
             program(runtime)
         };
-        fs::write(podman.dir.join("containers.conf"), podman.config(&program))
-            .expect("scratch is ours");
+        fs::write(podman.config_file(), podman.config(&program)).expect("scratch is ours");
         let archive = podman.dir.join("image.tar");
         let archive = archive.to_str().expect("UTF-8");
         let layout = asset("busybox-layout");
@@ -90,6 +101,18 @@ impl<'t> Podman<'t> {
         self.runtime
     }
 
+    /// Its configuration file.
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.join("containers.conf")
+    }
+
+    /// The log of the supervisor of a container.
+    pub fn supervisors_log(&self, name: &str) -> String {
+        let id = self.inspect(name, ".Id");
+        let log = self.test.root().join(id).join("supervisor.log");
+        fs::read_to_string(log).unwrap_or_else(|error| error.to_string())
+    }
+
     /// A directory for files of the scenario.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -116,13 +139,15 @@ impl<'t> Podman<'t> {
 
     /// A program of podman's family with this storage and configuration.
     pub fn tool(&self, program: &str, args: &[&str]) -> Command {
-        let mut command = Command::new(program);
+        let mut words = self.entrance.iter().map(String::as_str).chain([program]);
+        let mut command = Command::new(words.next().expect("there is a program"));
         command
+            .args(words)
             .args(self.storage())
             .args(args)
             // conmon inherits it, and leaves a file there when memory runs out.
             .current_dir(&self.dir)
-            .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
+            .env("CONTAINERS_CONF", self.config_file())
             .stdin(Stdio::null());
         command
     }
@@ -284,12 +309,22 @@ pub fn compare(
 ) {
     let test = Test::new(name);
     private_network();
+    compare_within(&test, &[], differences, scenario);
+}
+
+/// The same where these words lead to.
+pub fn compare_within(
+    test: &Test,
+    entrance: &[String],
+    differences: &[Difference],
+    scenario: impl Fn(&Podman<'_>, &mut Report),
+) {
     let mut wrong = Vec::new();
     for runtime in [reference(), "coffer"] {
         if !is_wanted(if runtime == "coffer" { runtime } else { "runc" }) {
             continue;
         }
-        let podman = Podman::new(&test, runtime);
+        let podman = Podman::within(test, runtime, entrance.to_vec());
         let mut report = Report::default();
         scenario(&podman, &mut report);
         for row in &report.rows {

@@ -90,6 +90,11 @@ impl CgroupPath {
         }
     }
 
+    /// The innermost slice of systemd's that it is in.
+    pub fn slice(&self) -> Option<&str> {
+        self.0.rsplit('/').find(|part| part.ends_with(".slice"))
+    }
+
     /// That of a VM for this container alone: in the container's, which so has the figures of all it causes.
     pub fn of_vm(&self) -> Self {
         self.child(VM)
@@ -281,6 +286,9 @@ mod tests {
     fn relatives_of_a_cgroup_are_beside_and_below_it() {
         let path = CgroupPath::parse("/a/b").unwrap();
         assert_eq!(path.sibling("s").to_string(), "/a/s");
+        assert_eq!(path.slice(), None);
+        let unit = CgroupPath::parse("a-b.slice:x:y").unwrap();
+        assert_eq!(unit.of_vm().slice(), Some("a-b.slice"));
         assert_eq!(path.child("s").to_string(), "/a/b/s");
         assert_eq!(
             CgroupPath::parse("c").unwrap().sibling("s").to_string(),

@@ -143,7 +143,7 @@ impl Creation<'_> {
             return self.wait_for_supervisor(id).await.map(|()| None);
         }
         let options = self.sandbox_options(id.clone())?;
-        match Supervisor::start(&options, self.config.log_level.as_str()).await {
+        match Supervisor::start_apart(options, self.config.log_level.as_str()).await {
             Ok(supervisor) => Ok(Some(supervisor)),
             // Another container of the pod was faster.
             Err(_) if Task::connect(&self.config.root, id).await.is_ok() => Ok(None),

@@ -5,7 +5,7 @@
 //! - [`bundle`], [`default_spec`], [`user`]: from a root directory or an image to an OCI bundle.
 //! - [`inspect`]: ps, state, stats, logs, console. [`delete`]: the end of a sandbox.
 //! - [`create`], [`lifecycle`], [`order`], [`stand_in`], [`view`], [`console`]: what engines call by the OCI command line.
-//! - [`client`]: the Task API; [`supervisor`]: the process that serves it.
+//! - [`client`]: the Task API; [`supervisor`]: the process that serves it; [`unit`]: systemd's for that.
 
 mod bundle;
 mod client;
@@ -32,6 +32,7 @@ mod terminal;
 mod time;
 mod timings;
 mod unicode;
+mod unit;
 mod update;
 mod user;
 mod values;
@@ -264,6 +265,14 @@ fn execute(line: CommandLine) -> Result<u8, Error> {
         };
         supervisor::daemonize().map_err(failed)?;
     }
+    if let Command::Supervise(options) = &line.command
+        && let Some(caller) = options.beside
+    {
+        unit::enter(caller).map_err(|source| Error::Io {
+            what: format!("can't enter the namespaces of process {caller}"),
+            source,
+        })?;
+    }
     let mut config = Config::load(line.global.config.as_deref())?;
     let variable = std::env::var_os(ROOT_VARIABLE)
         .filter(|root| !root.is_empty())
@@ -342,7 +351,7 @@ async fn dispatch(config: &Config, command: Command, log: &'static LogFile) -> R
         Command::StandIn(_) => unreachable!("it is not dispatched"),
         Command::Check(options) => return Ok(check(config, options.json)),
         Command::Version(options) => version(config, options.json),
-        Command::Supervise(options) => supervisor::serve(log, &config.root, &options.id).await?,
+        Command::Supervise(options) => supervisor::serve(log, &config.root, &options).await?,
         Command::Reap(options) => delete::reap(config, &options.id).await?,
     }
     Ok(0)

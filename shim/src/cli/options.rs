@@ -147,7 +147,7 @@ pub(super) enum Command {
     StandIn(StandInOptions),
     /// The supervisor of one sandbox; its options come as JSON on standard input
     #[command(hide = true)]
-    Supervise(IdOption),
+    Supervise(SuperviseOptions),
     /// Waits for a container's end and deletes its sandbox; started by run --detach --rm
     #[command(hide = true)]
     Reap(IdOption),
@@ -365,6 +365,15 @@ pub(super) struct LogsOptions {
     pub(super) supervisor: bool,
     #[command(flatten)]
     pub(super) target: Target,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SuperviseOptions {
+    #[arg(long)]
+    pub(super) id: SandboxId,
+    /// The process that asked systemd for this one, whose namespaces it is to be in
+    #[arg(long)]
+    pub(super) beside: Option<i32>,
 }
 
 #[derive(Debug, Args)]

@@ -6,13 +6,17 @@
 //!            ◄── stdout ──   "unix://…/task.sock\n" when it serves, or "error: why\n"
 //! ```
 
-use super::Error;
 use super::client::Task;
+use super::options::SuperviseOptions;
+use super::{Error, unit};
 use crate::cleanup;
 use crate::machine::SandboxOptions;
+use crate::machine::child::printable;
 use crate::supervise::supervise;
 use coffer_proto::error_chain::chain;
 use coffer_proto::ids::SandboxId;
+use nix::unistd::{getpid, getsid, setsid};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -52,55 +56,68 @@ pub(super) struct Supervisor {
 impl Supervisor {
     /// Starts it and waits until it serves.
     pub(super) async fn start(options: &SandboxOptions, log_level: &str) -> Result<Self, Error> {
-        let mut command = this_program(&options.root)?;
-        command.args([
-            "--log-level",
-            log_level,
-            "supervise",
-            "--id",
-            options.id.as_str(),
-        ]);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        let failed = |source| Error::Io {
-            what: "can't start the supervisor".into(),
-            source,
-        };
-        let json = serde_json::to_vec(options).map_err(|error| failed(error.into()))?;
-        let mut process = command.spawn().map_err(failed)?;
-        let (mut stdin, stdout) = (
-            process.stdin.take().expect("piped"),
-            process.stdout.take().expect("piped"),
-        );
-        let answer = async {
-            stdin.write_all(&json).await?;
-            drop(stdin);
-            let mut line = String::new();
-            let mut answers = BufReader::new(stdout.take(MAX_ANSWER));
-            answers.read_line(&mut line).await?;
-            Ok((line, answers))
-        };
-        let answer = tokio::time::timeout(START, answer).await;
-        let (answer, answers) = answer
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(failed)?;
-        if !answer.starts_with("unix://") {
-            let message = answer.trim_end().trim_start_matches("error: ");
-            let message = if message.is_empty() {
-                "the supervisor ended without a word"
-            } else {
-                message
-            };
-            return Err(Error::Supervisor(message.into()));
+        Self::start_as_child(options, log_level).await
+    }
+
+    /// The same, where the end of whoever called this program does not reach it: in a unit of systemd's, or else in the sandbox's cgroup.
+    pub(super) async fn start_apart(
+        mut options: SandboxOptions,
+        log_level: &str,
+    ) -> Result<Self, Error> {
+        options.joins_cgroup = true;
+        if !unit::is_possible() {
+            return Self::start_as_child(&options, log_level).await;
         }
-        Ok(Self {
-            process,
-            _answers: answers,
-            root: options.root.clone(),
-            id: options.id.clone(),
-        })
+        let service = SandboxOptions {
+            joins_cgroup: false,
+            ..options.clone()
+        };
+        match Self::start_as_service(&service, log_level).await? {
+            Ok(started) => Ok(started),
+            Err(reason) => {
+                let started = Self::start_as_child(&options, log_level).await?;
+                note(&options, &format!("systemd made no unit for it: {reason}"));
+                Ok(started)
+            }
+        }
+    }
+
+    async fn start_as_child(options: &SandboxOptions, log_level: &str) -> Result<Self, Error> {
+        let mut command = this_program(&options.root)?;
+        command.args(words(options, log_level));
+        command.stderr(Stdio::null());
+        let (started, answer) = Starting::new(command, options, START)
+            .await
+            .map_err(not_started)?;
+        started.judge(&answer, options)
+    }
+
+    /// Gives the reason if there is no such service.
+    async fn start_as_service(
+        options: &SandboxOptions,
+        log_level: &str,
+    ) -> Result<Result<Self, String>, Error> {
+        let program = this_program(&options.root)?.into_std();
+        let mut line = vec![program.get_program().to_owned()];
+        line.extend(program.get_args().map(ToOwned::to_owned));
+        line.extend(words(options, log_level).map(OsString::from));
+        line.push(format!("--beside={}", std::process::id()).into());
+        let line = unit::words(options, &line);
+        let mut command = Command::new(&line[0]);
+        // It is not the supervisor, and waits for the service's end as long as this program does.
+        command
+            .args(&line[1..])
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let starting = Starting::new(command, options, unit::START).await;
+        let (mut started, answer) = match starting {
+            Ok(started) => started,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        if answer.is_empty() {
+            return Ok(Err(started.last_words().await));
+        }
+        started.judge(&answer, options).map(Ok)
     }
 
     /// Waits until it has ended, which it does after Shutdown, and removes what it could not.
@@ -112,8 +129,93 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Leaves it alone: it lives on when this process ends.
+    /// Leaves it alone: it lives on when this process ends. Only a systemd-run that waits for it does not.
     pub(super) fn detach(self) {}
+}
+
+/// A process that is, or starts, a supervisor.
+struct Starting {
+    process: Child,
+    answers: BufReader<Take<ChildStdout>>,
+}
+
+impl Starting {
+    /// Starts it and gives it the options; gives also the line it answers, which is empty if it ended without one.
+    async fn new(
+        mut command: Command,
+        options: &SandboxOptions,
+        deadline: Duration,
+    ) -> io::Result<(Self, String)> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let json = serde_json::to_vec(options)?;
+        let mut process = command.spawn()?;
+        let (mut stdin, stdout) = (
+            process.stdin.take().expect("piped"),
+            process.stdout.take().expect("piped"),
+        );
+        let answer = async {
+            // One that ends without reading says why in its answer.
+            let _ = stdin.write_all(&json).await;
+            drop(stdin);
+            let mut line = String::new();
+            let mut answers = BufReader::new(stdout.take(MAX_ANSWER));
+            answers.read_line(&mut line).await?;
+            io::Result::Ok((line, answers))
+        };
+        let answer = tokio::time::timeout(deadline, answer).await;
+        let (line, answers) = answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        Ok((Self { process, answers }, line))
+    }
+
+    fn judge(self, answer: &str, options: &SandboxOptions) -> Result<Supervisor, Error> {
+        if answer.starts_with("unix://") {
+            return Ok(Supervisor {
+                process: self.process,
+                _answers: self.answers,
+                root: options.root.clone(),
+                id: options.id.clone(),
+            });
+        }
+        let message = answer.trim_end().trim_start_matches("error: ");
+        Err(Error::Supervisor(match message {
+            "" => "the supervisor ended without a word".into(),
+            message => message.into(),
+        }))
+    }
+
+    /// What it wrote to standard error before its end.
+    async fn last_words(&mut self) -> String {
+        let mut text = Vec::new();
+        if let Some(stderr) = self.process.stderr.take() {
+            let mut stderr = stderr.take(MAX_ANSWER);
+            let read = stderr.read_to_end(&mut text);
+            let _ = tokio::time::timeout(unit::START, read).await;
+        }
+        printable(&text)
+    }
+}
+
+fn words<'a>(options: &'a SandboxOptions, log_level: &'a str) -> impl Iterator<Item = &'a str> {
+    let id = options.id.as_str();
+    ["--log-level", log_level, "supervise", "--id", id].into_iter()
+}
+
+/// Adds a line to its log. That must not keep a container from being made.
+fn note(options: &SandboxOptions, line: &str) {
+    let log = options.dir().join(LOG_FILE);
+    let log = File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(log);
+    let _ = log.and_then(|mut log| writeln!(log, "WARN {line}"));
+}
+
+fn not_started(source: io::Error) -> Error {
+    Error::Io {
+        what: "can't start the supervisor".into(),
+        source,
+    }
 }
 
 /// Removes a sandbox by what its state says, on a thread that may block.
@@ -152,14 +254,22 @@ pub(super) fn this_program(root: &Path) -> Result<Command, Error> {
 /// Leaves the caller's session and closes what was inherited, before anything else is opened.
 #[allow(unsafe_code)]
 pub(super) fn daemonize() -> io::Result<()> {
-    nix::unistd::setsid()?;
+    // systemd starts what it starts in a session of its own.
+    if getsid(None)? != getpid() {
+        setsid()?;
+    }
     // SAFETY: this runs first in a process that has opened nothing itself, so no owner of a descriptor is robbed.
     nix::Error::result(unsafe { libc::close_range(3, libc::c_uint::MAX, 0) })?;
     Ok(())
 }
 
 /// `coffer supervise`: serves until the sandbox is deleted.
-pub(super) async fn serve(log: &'static LogFile, root: &Path, id: &SandboxId) -> Result<(), Error> {
+pub(super) async fn serve(
+    log: &'static LogFile,
+    root: &Path,
+    told: &SuperviseOptions,
+) -> Result<(), Error> {
+    let id = &told.id;
     let result = async {
         let mut json = Vec::new();
         let read = io::stdin().take(MAX_OPTIONS).read_to_end(&mut json);

@@ -9,6 +9,7 @@ mod options;
 mod pods;
 mod run;
 mod systemd;
+mod units;
 
 use coffer_tests::podman::Difference;
 use std::fs;

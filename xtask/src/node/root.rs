@@ -34,11 +34,14 @@ const PACKAGES: &[&str] = &[
     "conmon",
     "containerd",
     "containernetworking-plugins",
+    "dbus",
     "docker.io",
     "docker-cli",
     "netavark",
     "podman",
     "skopeo",
+    // Not the node's own init: tests start it in namespaces of its own.
+    "systemd",
     // What it is compared with.
     "crun",
     "qemu-system-x86",
