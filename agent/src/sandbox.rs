@@ -311,13 +311,7 @@ impl Sandbox {
 
     /// The container of this name.
     pub fn member(&self, id: &ContainerId) -> Result<Arc<Member>, SandboxError> {
-        let not_found = || {
-            SandboxError::NotFound(ProcessId {
-                container: id.clone(),
-                exec: None,
-            })
-        };
-        self.containers.get(id).ok_or_else(not_found)
+        self.containers.get(id).ok_or_else(|| not_found(id))
     }
 
     /// The process of this name.
@@ -337,7 +331,7 @@ impl Sandbox {
         Ok(self.process(id)?.with_stdio(|stdio| stdio.attach(stream))?)
     }
 
-    /// Runs a blocking operation of a container.
+    /// Runs a blocking operation of a container. One that fails because the container is deleted meanwhile says that.
     pub async fn with_container<T, F>(
         &self,
         id: &ContainerId,
@@ -348,17 +342,20 @@ impl Sandbox {
         T: Send + 'static,
         F: FnOnce(&Container) -> Result<T, container::Error> + Send + 'static,
     {
-        let memory = self.member(id)?.memory.clone();
+        let member = self.member(id)?;
+        let memory = member.memory.clone();
         let done = spawn_blocking(move || operation(&memory.container)).await?;
-        done.map_err(|cause| {
-            failed(
-                action,
-                &ProcessId {
-                    container: id.clone(),
+        done.map_err(|cause| match self.member(id) {
+            Ok(same) if Arc::ptr_eq(&same, &member) => {
+                let container = id.clone();
+                let id = ProcessId {
+                    container,
                     exec: None,
-                },
-                cause,
-            )
+                };
+                failed(action, &id, cause)
+            }
+            Ok(_) => not_found(id),
+            Err(gone) => gone,
         })
     }
 
@@ -419,6 +416,13 @@ fn stdio_failed(id: &ProcessId, cause: StdioError) -> ProcessError {
         id: id.clone(),
         cause,
     }
+}
+
+fn not_found(container: &ContainerId) -> SandboxError {
+    SandboxError::NotFound(ProcessId {
+        container: container.clone(),
+        exec: None,
+    })
 }
 
 fn failed(action: &'static str, id: &ProcessId, cause: container::Error) -> SandboxError {

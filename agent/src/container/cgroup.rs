@@ -22,8 +22,12 @@ use super::readiness::ready_by;
 /// Where cgroup v2 is mounted in the guest.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// The freezer answers within one scheduling round unless a process is stuck in the kernel.
-const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
+/// The freezer answers within one scheduling round unless a process is stuck in the kernel. Half of what the supervisor waits for an
+/// answer, so that it hears the reason.
+const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
+/// How soon a file is looked at again that reports no change. The kernel holds a second change within 10 ms back, and forgets it when the
+/// cgroup is removed in that time (`cgroup_file_notify`): nobody who waits is woken then.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Killed processes go at once unless they are stuck in the kernel, where nothing helps but the end of the VM.
 const EMPTY_DEADLINE: Duration = Duration::from_secs(10);
 /// A `cgroup.procs` is read whole; this is far above any PID limit of a guest.
@@ -223,10 +227,16 @@ impl Cgroup {
             {
                 return Ok(true);
             }
-            let changed = ready_by(events.as_fd(), PollFlags::POLLPRI, until);
-            if !changed.map_err(at(step.as_str()))? {
+            let now = Instant::now();
+            if now >= until {
                 return Ok(false);
             }
+            ready_by(
+                events.as_fd(),
+                PollFlags::POLLPRI,
+                until.min(now + LOOK_AGAIN),
+            )
+            .map_err(at(step.as_str()))?;
         }
     }
 }
