@@ -2,9 +2,9 @@
 //!
 //! Every test runs with runc first, so that what is expected of Coffer is what conmon gets from runc.
 
-mod control;
 mod life;
 mod logs;
+mod protocol;
 
 use coffer_tests::conmon::Conmon;
 use coffer_tests::oci::Runtime;

@@ -1,4 +1,4 @@
-//! The other ways to drive conmon: its control fifo, its older protocol, the foreground, flags that it hands to the runtime.
+//! The other ways to drive conmon: its older protocol, the foreground, flags that it hands to the runtime.
 
 use crate::remove;
 use coffer_tests::bundle::Bundle;
@@ -8,39 +8,6 @@ use coffer_tests::{Test, wait_for};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 use std::fs;
-
-#[test]
-fn nonsense_on_the_control_fifo_changes_nothing() {
-    let test = Test::new("conctl");
-    let script = "echo ready; until stty size | grep '33 99'; do sleep 0.1; done; exit 6";
-    let mut bundle = Bundle::new(&test, script);
-    bundle.config["process"]["terminal"] = json!(true);
-    let nonsense = [
-        "",
-        "1",
-        "1 2",
-        "foo",
-        "999",
-        "999 2 2",
-        "1 10.5 20.3",
-        "1 0x10 0x20",
-        "1 -1 -1",
-        "1 100000 100000",
-    ];
-    for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &["-t"]);
-        conmon.pid();
-        conmon.start();
-        conmon.wait_logged("stdout", "ready");
-        for words in nonsense {
-            conmon.control(words);
-        }
-        assert_eq!(runtime.status(&conmon.id), "running", "{}", runtime.name());
-        conmon.control("1 33 99");
-        assert_eq!(conmon.exit_code(), 6, "{}", runtime.name());
-        remove(&runtime, &conmon);
-    }
-}
 
 /// Without `--api-version` conmon says `pid` and `exit_code`; of an exec it says the latter, and in older versions both.
 #[test]
