@@ -37,14 +37,7 @@ pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Resu
         Err(error) => return Err(error),
     };
     let ended = if found.alive() {
-        let asked = ask(&found, force).await;
-        if !force {
-            asked?;
-        }
-        let left = State::load(&found.root, &found.id)?;
-        if left.is_none_or(|left| left.containers.is_empty()) {
-            wait_for_end(&found).await;
-        }
+        ask_and_wait(&found, force).await?;
         !found.alive()
     } else {
         true
@@ -54,6 +47,34 @@ pub(super) async fn delete(config: &Config, id: &SandboxId, force: bool) -> Resu
         forget(&found).await?;
     }
     Ok(())
+}
+
+/// Returns when the container is deleted, and with the last one when the supervisor has ended.
+async fn ask_and_wait(found: &Found, force: bool) -> Result<(), Error> {
+    let asked = ask(found, force).await;
+    if asked.is_err() && !force {
+        return asked;
+    }
+    let left = State::load(&found.root, &found.id)?;
+    let left = left.map(|state| state.containers).unwrap_or_default();
+    // What was deleted is not in the state any more. A supervisor that ends, because its VM boots for nobody or `create` was killed,
+    // keeps it there, and may refuse what is asked of it meanwhile.
+    let stays = meant(found).any(|container| left.contains_key(container));
+    if stays || left.is_empty() {
+        wait_for_end(found).await;
+    }
+    if stays && found.alive() {
+        asked
+    } else {
+        Ok(())
+    }
+}
+
+/// The container that was named, or all if it was the sandbox.
+fn meant(found: &Found) -> impl Iterator<Item = &ContainerId> {
+    let all = found.state.containers.keys();
+    let one = found.state.containers.contains_key(&found.wanted);
+    all.filter(move |container| !one || **container == found.wanted)
 }
 
 /// What the host has of a container beside its sandbox: the stand-in, its cgroup, hooks that wait for this moment.
@@ -134,9 +155,7 @@ async fn ask(found: &Found, force: bool) -> Result<(), Error> {
     let task = Task::connect(&found.root, &found.id)
         .await
         .map_err(|error| found.why_gone(error))?;
-    let all = found.state.containers.keys();
-    let one = found.state.containers.contains_key(&found.wanted);
-    for container in all.filter(|container| !one || **container == found.wanted) {
+    for container in meant(found) {
         let process = Process {
             container: container.to_string(),
             exec: String::new(),
