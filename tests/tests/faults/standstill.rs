@@ -71,7 +71,7 @@ fn a_guest_that_stands_still_is_looked_at_killed_and_deleted() {
         code_of(&refused.unwrap_err()),
         Some(Code::DEADLINE_EXCEEDED)
     );
-    // The VM is ended: its hypervisor process has five seconds to end by itself.
+    // The VM is ended: its hypervisor process is first asked to, and has five seconds for an answer.
     within(asked + 3 * PROMPT, "kill", || task.kill("c", 9)).unwrap();
     assert_eq!(within(PROMPT, "wait", || task.wait("c", "")).unwrap(), 137);
     within(PROMPT, "stats of the dead", || stats(&task, "c")).unwrap();
