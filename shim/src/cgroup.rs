@@ -180,8 +180,17 @@ fn send_home(hierarchy: &Hierarchy, pid: u32) {
     }
 }
 
-fn own_cgroup() -> String {
+/// This process's `/proc/self/cgroup`.
+pub(crate) fn own_cgroup() -> String {
     fs::read_to_string("/proc/self/cgroup").unwrap_or_default()
+}
+
+/// The unit of systemd's that a process with this `/proc/<pid>/cgroup` is in: in cgroup v1 systemd has a hierarchy of its own.
+pub(crate) fn unit_of(proc_cgroup: &str) -> Option<&str> {
+    let mut memberships = hierarchy::memberships(proc_cgroup);
+    let (_, path) = memberships.find(|(of, _)| of.is_empty() || *of == "name=systemd")?;
+    let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
+    path.rsplit('/').find(is_unit)
 }
 
 /// Tries to remove a cgroup that may be gone, and those in it.
@@ -246,6 +255,18 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(cgroup.dirs().all(|dir| !dir.exists()));
+    }
+
+    #[test]
+    fn the_callers_unit_is_the_last_in_its_path() {
+        let v1 = "3:cpu:/\n1:name=systemd:/machine.slice/libpod-conmon-1.scope\n0::/x.service\n";
+        assert_eq!(unit_of(v1), Some("libpod-conmon-1.scope"));
+        assert_eq!(
+            unit_of("0::/system.slice/web.service/runtime\n"),
+            Some("web.service")
+        );
+        assert_eq!(unit_of("0::/\n"), None);
+        assert_eq!(unit_of(""), None);
     }
 
     #[test]

@@ -50,7 +50,20 @@ impl<'t> Conmon<'t> {
         Self::launch(test, runtime, &bundle.dir, &test.id(), options)
     }
 
-    /// The same with another text in the place of config.json.
+    /// The same, with the container's program started.
+    pub fn started(
+        test: &Test,
+        runtime: &'t Runtime<'t>,
+        bundle: &Bundle,
+        options: &[&str],
+    ) -> Self {
+        let mut conmon = Self::create(test, runtime, bundle, options);
+        conmon.pid();
+        conmon.start();
+        conmon
+    }
+
+    /// conmon for a new container with another text in the place of its config.json.
     pub fn create_with(
         test: &Test,
         runtime: &'t Runtime<'t>,

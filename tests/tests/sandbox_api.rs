@@ -50,7 +50,10 @@ fn pod_config(pid: NamespaceMode) -> Any {
 
 /// A container of a pod without a pause container, with the namespaces that containerd's CRI plugin writes.
 fn member(test: &Test, pid: u32, script: &str) -> Bundle {
-    let mut bundle = Bundle::new(test, script).in_sandbox("pod");
+    // Writable, because the shim puts its files at names that the image lacks.
+    let root = test.copy_of("busybox");
+    let args = ["/bin/sh", "-c", script];
+    let mut bundle = Bundle::on(test, &root, &args).in_sandbox("pod");
     let path = |name: &str| format!("/proc/{pid}/ns/{name}");
     bundle.config["linux"]["namespaces"] = json!([
         {"type": "pid", "path": path("pid")}, {"type": "ipc", "path": path("ipc")}, {"type": "uts", "path": path("uts")},

@@ -60,6 +60,13 @@ pub(super) fn mounted() -> Vec<Hierarchy> {
         .collect()
 }
 
+/// The lines of a `/proc/<pid>/cgroup`, each the controllers of a hierarchy and the process's path in it: "4:cpu,cpuacct:/path", in v2
+/// "0::/path". A path above the root of a cgroup namespace begins with "/..".
+pub(super) fn memberships(proc_cgroup: &str) -> impl Iterator<Item = (&str, &str)> {
+    let lines = proc_cgroup.lines();
+    lines.filter_map(|line| line.split_once(':')?.1.split_once(':'))
+}
+
 impl Hierarchy {
     /// The cgroup's directory.
     pub(super) fn directory(&self, cgroup: &CgroupPath) -> PathBuf {
@@ -100,17 +107,14 @@ impl Hierarchy {
         }
     }
 
-    /// Where a process with this `/proc/<pid>/cgroup` is: it has "4:cpu,cpuacct:/path", in v2 "0::/path". A path above the root of a
-    /// cgroup namespace begins with "/..".
+    /// Where a process with this `/proc/<pid>/cgroup` is.
     fn path_in<'a>(&self, proc_cgroup: &'a str) -> Option<&'a str> {
-        proc_cgroup.lines().find_map(|line| {
-            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-            let here = match self.controller {
-                None => controllers.is_empty(),
-                Some(name) => controllers.split(',').any(|other| other == name),
-            };
-            here.then_some(path)
-        })
+        let mut memberships = memberships(proc_cgroup);
+        let here = memberships.find(|(controllers, _)| match self.controller {
+            None => controllers.is_empty(),
+            Some(name) => controllers.split(',').any(|other| other == name),
+        });
+        here.map(|(_, path)| path)
     }
 
     /// Moves a process to where one with this `/proc/<pid>/cgroup` is, or to the root where that is gone.

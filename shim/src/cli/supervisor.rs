@@ -56,7 +56,13 @@ pub(super) struct Supervisor {
 impl Supervisor {
     /// Starts it and waits until it serves.
     pub(super) async fn start(options: &SandboxOptions, log_level: &str) -> Result<Self, Error> {
-        Self::start_as_child(options, log_level).await
+        let mut command = this_program(&options.root)?;
+        command.args(words(options, log_level));
+        command.stderr(Stdio::null());
+        let (started, answer) = Starting::new(command, options, START)
+            .await
+            .map_err(not_started)?;
+        started.judge(&answer, options)
     }
 
     /// The same, where the end of whoever called this program does not reach it: in a unit of systemd's, or else in the sandbox's cgroup.
@@ -66,7 +72,7 @@ impl Supervisor {
     ) -> Result<Self, Error> {
         options.joins_cgroup = true;
         if !unit::is_possible() {
-            return Self::start_as_child(&options, log_level).await;
+            return Self::start(&options, log_level).await;
         }
         let service = SandboxOptions {
             joins_cgroup: false,
@@ -75,21 +81,11 @@ impl Supervisor {
         match Self::start_as_service(&service, log_level).await? {
             Ok(started) => Ok(started),
             Err(reason) => {
-                let started = Self::start_as_child(&options, log_level).await?;
+                let started = Self::start(&options, log_level).await?;
                 note(&options, &format!("systemd made no unit for it: {reason}"));
                 Ok(started)
             }
         }
-    }
-
-    async fn start_as_child(options: &SandboxOptions, log_level: &str) -> Result<Self, Error> {
-        let mut command = this_program(&options.root)?;
-        command.args(words(options, log_level));
-        command.stderr(Stdio::null());
-        let (started, answer) = Starting::new(command, options, START)
-            .await
-            .map_err(not_started)?;
-        started.judge(&answer, options)
     }
 
     /// Gives the reason if there is no such service.

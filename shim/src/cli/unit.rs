@@ -10,12 +10,13 @@
 //!       └── options ──► stdin                        stdout ──► "unix://…/task.sock"            coffer create
 //! ```
 
+use crate::cgroup::{own_cgroup, unit_of};
 use crate::machine::SandboxOptions;
 use crate::machine::child::pidfd_open;
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::dup2_stderr;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
@@ -49,7 +50,7 @@ pub(super) fn is_possible() -> bool {
 
 /// The words that start `program` as a service for this sandbox. systemd-run has its streams, and stays until the service's end.
 pub(super) fn words(options: &SandboxOptions, program: &[OsString]) -> Vec<OsString> {
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own_cgroup();
     build(options, unit_of(&own), program)
 }
 
@@ -81,16 +82,6 @@ fn build(options: &SandboxOptions, callers: Option<&str>, program: &[OsString]) 
 fn escaped(word: &OsStr) -> OsString {
     let parts: Vec<&[u8]> = word.as_bytes().split(|byte| *byte == b'$').collect();
     OsString::from_vec(parts.join(&b"$$"[..]))
-}
-
-/// The unit of a process with this `/proc/<pid>/cgroup`: in cgroup v2 the line "0::/path", in v1 that of systemd's own hierarchy.
-fn unit_of(proc_cgroup: &str) -> Option<&str> {
-    let path = proc_cgroup.lines().find_map(|line| {
-        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-        (controllers.is_empty() || controllers == "name=systemd").then_some(path)
-    })?;
-    let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
-    path.rsplit('/').find(is_unit)
 }
 
 /// Enters the namespaces of the process that asked systemd for this one: what it mounted is there, and its network. Must run
@@ -132,17 +123,5 @@ mod tests {
             has(&placed, "--property=Before=libpod-conmon-1.scope"),
             "{placed:?}"
         );
-    }
-
-    #[test]
-    fn the_callers_unit_is_the_last_in_its_path() {
-        let v1 = "3:cpu:/\n1:name=systemd:/machine.slice/libpod-conmon-1.scope\n0::/x.service\n";
-        assert_eq!(unit_of(v1), Some("libpod-conmon-1.scope"));
-        assert_eq!(
-            unit_of("0::/system.slice/web.service/runtime\n"),
-            Some("web.service")
-        );
-        assert_eq!(unit_of("0::/\n"), None);
-        assert_eq!(unit_of(""), None);
     }
 }

@@ -54,9 +54,7 @@ fn a_program_that_ends_at_once_loses_neither_code_nor_output() {
     let test = Test::new("conearly");
     let bundle = Bundle::new(&test, "echo quick; exit 7");
     for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &[]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &[]);
         assert_eq!(conmon.exit_code(), 7, "{}", runtime.name());
         assert_eq!(conmon.logged("stdout"), "quick\n", "{}", runtime.name());
         remove(&runtime, &conmon);
@@ -86,9 +84,7 @@ fn exec_gives_codes_output_input_and_terminals() {
     let test = Test::new("conexec");
     let bundle = Bundle::new(&test, "echo ready; while :; do sleep 0.1; done");
     for runtime in Runtime::all(&test) {
-        let mut container = Conmon::create(&test, &runtime, &bundle, &[]);
-        container.pid();
-        container.start();
+        let container = Conmon::started(&test, &runtime, &bundle, &[]);
         container.wait_logged("stdout", "ready");
 
         for (script, code) in [
@@ -249,9 +245,7 @@ fn a_time_out_and_the_death_of_the_stand_in_end_the_container() {
         wait_for("the container to stop", || runtime.status(id) == "stopped");
     };
     for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &["--timeout", "8"]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &["--timeout", "8"]);
         conmon.wait_logged("stdout", "ready");
         // conmon's own code for that, whatever the process ended with.
         assert_eq!(conmon.exit_code(), -1, "{}: timeout", runtime.name());
@@ -268,9 +262,7 @@ fn a_time_out_and_the_death_of_the_stand_in_end_the_container() {
         remove(&runtime, &conmon);
 
         // conmon hands on what it gets.
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &[]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &[]);
         conmon.wait_logged("stdout", "ready");
         kill(conmon.own_pid(), Signal::SIGTERM).unwrap();
         assert_eq!(

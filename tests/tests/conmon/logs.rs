@@ -14,9 +14,7 @@ fn run<'t>(
     bundle: &Bundle,
     options: &[&str],
 ) -> (Conmon<'t>, i32) {
-    let mut conmon = Conmon::create(test, runtime, bundle, options);
-    conmon.pid();
-    conmon.start();
+    let conmon = Conmon::started(test, runtime, bundle, options);
     let code = conmon.exit_code();
     remove(runtime, &conmon);
     (conmon, code)

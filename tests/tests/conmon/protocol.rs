@@ -15,9 +15,7 @@ fn the_older_protocol_tells_pids_and_codes() {
     let test = Test::new("conlegacy");
     let bundle = Bundle::new(&test, "echo ready; while :; do sleep 0.1; done");
     for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &["--api-version", "0"]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &["--api-version", "0"]);
         conmon.wait_logged("stdout", "ready");
         let script = process(&["sh", "-c", "echo run; exit 44"]);
         let mut exec = conmon.exec(&test, &script, &["--api-version", "0"]);
@@ -41,9 +39,7 @@ fn in_the_foreground_conmon_stays_until_the_end() {
     let test = Test::new("consync");
     let bundle = Bundle::new(&test, "echo ready; sleep 1; exit 7");
     for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &["--sync"]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &["--sync"]);
         conmon.wait_logged("stdout", "ready");
         assert_eq!(conmon.exit_code(), 7, "{}", runtime.name());
         remove(&runtime, &conmon);
@@ -57,9 +53,7 @@ fn flags_for_the_runtime_and_the_end_of_no_input() {
     let bundle = Bundle::new(&test, "cat; echo end; exit 3");
     for runtime in Runtime::all(&test) {
         let flags = ["--no-pivot", "--no-new-keyring", "--log-level", "debug"];
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &flags);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &flags);
         assert_eq!(conmon.exit_code(), 3, "{}", runtime.name());
         assert_eq!(conmon.logged("stdout"), "end\n", "{}", runtime.name());
         remove(&runtime, &conmon);
@@ -91,9 +85,7 @@ fn a_container_outlives_its_conmon_and_can_be_ended() {
     let test = Test::new("conorphan");
     let bundle = Bundle::new(&test, "echo ready; while :; do sleep 0.1; done");
     for runtime in Runtime::all(&test) {
-        let mut conmon = Conmon::create(&test, &runtime, &bundle, &[]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, &runtime, &bundle, &[]);
         conmon.wait_logged("stdout", "ready");
         kill(conmon.own_pid(), Signal::SIGKILL).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(500));
@@ -121,9 +113,7 @@ fn an_end_for_want_of_memory_leaves_the_file_that_engines_look_for() {
     bundle.config["linux"]["resources"]["memory"] = json!({"limit": 16 << 20});
     let runtimes = Runtime::all(&test);
     for runtime in runtimes.iter().filter(|runtime| runtime.is_coffer()) {
-        let mut conmon = Conmon::create(&test, runtime, &bundle, &[]);
-        conmon.pid();
-        conmon.start();
+        let conmon = Conmon::started(&test, runtime, &bundle, &[]);
         assert_eq!(conmon.exit_code(), 137);
         assert!(fs::exists(bundle.dir.join("oom")).unwrap());
         remove(runtime, &conmon);
