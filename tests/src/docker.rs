@@ -11,14 +11,14 @@ use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::thread::sleep;
+use std::thread::{self, JoinHandle, sleep};
 use std::time::Duration;
 
 /// The busybox of the test assets, as docker calls it.
 pub const IMAGE: &str = "busybox:test";
 /// The name by which docker takes a containerd shim without any configuration.
 pub const RUNTIME: &str = "io.containerd.coffer.v2";
-/// A name for Coffer that only this dockerd's configuration has.
+/// A name for Coffer that only this dockerd's configuration has, for containers that name no runtime.
 pub const NAMED: &str = "named";
 
 /// dockerd, containerd and the image.
@@ -47,7 +47,7 @@ impl<'t> Docker<'t> {
             "TypeUrl": "runtimeoptions.v1.Options", "ConfigPath": path("coffer.toml"),
         });
         let named = json!({"runtimeType": RUNTIME, "options": options});
-        let config = json!({"runtimes": {NAMED: named}});
+        let config = json!({"runtimes": {NAMED: named}, "default-runtime": NAMED});
         fs::write(path("daemon.json"), config.to_string()).expect("scratch is ours");
 
         let mut containerd = Command::new("containerd");
@@ -91,7 +91,8 @@ impl<'t> Docker<'t> {
         self.ok(&["import", archive, IMAGE]);
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// A path in the test's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
         self.test.dir().join(name)
     }
 
@@ -109,6 +110,12 @@ impl<'t> Docker<'t> {
 
     pub fn call(&self, args: &[&str]) -> Finished {
         finish(self.command(args))
+    }
+
+    /// The same while the test goes on.
+    pub fn background(&self, args: &[&str]) -> JoinHandle<Finished> {
+        let command = self.command(args);
+        thread::spawn(|| finish(command))
     }
 
     pub fn call_with_input(&self, args: &[&str], input: &str) -> Finished {
@@ -212,7 +219,7 @@ fn pid(daemon: &Child) -> Pid {
 impl Drop for Docker<'_> {
     fn drop(&mut self) {
         let state = Path::new("/run/coffer").join(&self.namespace);
-        if std::thread::panicking() {
+        if thread::panicking() {
             for log in ["containerd.log", "dockerd.log"] {
                 let text = fs::read_to_string(self.path(log)).unwrap_or_default();
                 eprintln!("--- {log}\n{text}");
@@ -223,7 +230,7 @@ impl Drop for Docker<'_> {
         }
         let _ = self.call(&["rm", "--force", "--volumes", "web", "client"]);
         terminate(&mut self.dockerd);
-        if !std::thread::panicking() {
+        if !thread::panicking() {
             wait_for("the sandboxes to end", || {
                 fs::read_dir(&state).map_or(true, |mut left| left.next().is_none())
             });

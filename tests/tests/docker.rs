@@ -1,7 +1,7 @@
 //! docker runs containers through Coffer, with the options that people use and with docker's own networks. One test, because a
 //! dockerd takes its time to start; it is a story with many cases. Debian 13's docker is 26, which the test node has.
 
-use coffer_tests::docker::{Docker, IMAGE, NAMED, RUNTIME};
+use coffer_tests::docker::{Docker, IMAGE, RUNTIME};
 use coffer_tests::{Finished, Test, host, wait_for};
 use std::fs;
 use std::io::Read;
@@ -10,7 +10,7 @@ use std::net::TcpStream;
 /// Where the service is published, in the test's own network namespace.
 const PORT: u16 = 18_081;
 /// Says hello to who connects, and ends with a code of its own on SIGTERM.
-const SERVICE: &str = "trap 'echo term; exit 3' TERM; echo started; echo problem >&2; \
+const SERVICE: &str = "trap 'echo term; exit 3' TERM; trap 'echo usr1' USR1; echo started; echo problem >&2; \
                        while :; do echo hello | nc -l -p 80; done & while :; do sleep 0.1; done";
 const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
 
@@ -19,6 +19,7 @@ fn docker_runs_containers_with_its_networks() {
     let test = Test::new("docker");
     let docker = Docker::start(&test);
     foreground(&docker);
+    options(&docker);
     let data = test.dir().join("volume");
     fs::create_dir(&data).unwrap();
     fs::write(data.join("file"), "from the host").unwrap();
@@ -44,7 +45,8 @@ fn shown(done: &Finished) -> (&str, i32) {
 }
 
 fn foreground(docker: &Docker<'_>) {
-    let run = ["run", "--rm", "-it", "--runtime", NAMED, IMAGE];
+    // Without a runtime: daemon.json says which.
+    let run = ["run", "--rm", "-it", IMAGE];
     let script = "test -t 0 && nproc; uname -r; exit 42";
     let done = docker.call_on_terminal(&[&run[..], &["sh", "-c", script]].concat());
     // script(1) passes the end of its own input on as a NUL, which the terminal shows.
@@ -59,6 +61,38 @@ fn foreground(docker: &Docker<'_>) {
         done.code != 0 && done.stderr.contains("can't be had in a VM"),
         "{done:?}"
     );
+}
+
+/// Volumes, limits and privileges of `docker run`.
+fn options(docker: &Docker<'_>) {
+    let source = docker.path("mounted");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "mounted").unwrap();
+    let bind = format!("type=bind,src={},dst=/bind,readonly", source.display());
+    let mounts = [
+        "--mount",
+        &bind,
+        "--mount",
+        "type=volume,src=kept,dst=/kept",
+    ];
+    let limits = [
+        "--cpus",
+        "0.5",
+        "--pids-limit",
+        "50",
+        "--ulimit",
+        "nofile=100:200",
+    ];
+    let script = "cat /bind/file; touch /bind/file 2>/dev/null || echo ' read-only'; echo kept > /kept/file; \
+                  cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max; ulimit -Sn; ulimit -Hn; ip link set lo mtu 1000 2>/dev/null || echo refused";
+    let done = docker.run(&[&mounts[..], &limits].concat(), &["sh", "-c", script]);
+    let expected = "mounted read-only\n50000 100000\n50\n100\n200\nrefused";
+    assert_eq!(shown(&done), (expected, 0), "{done:?}");
+
+    let script = "cat /kept/file; ip link set lo mtu 1000 && echo changed";
+    let done = docker.run(&["-v", "kept:/kept", "--privileged"], &["sh", "-c", script]);
+    assert_eq!(shown(&done), ("kept\nchanged", 0), "{done:?}");
+    docker.ok(&["volume", "rm", "kept"]);
 }
 
 /// What a TCP server says.
@@ -156,9 +190,28 @@ fn joined_network(docker: &Docker<'_>) {
 }
 
 fn end(docker: &Docker<'_>) {
+    let last = |line: &str| docker.ok(&["logs", "web"]).ends_with(line);
+    docker.ok(&["kill", "--signal", "USR1", "web"]);
+    wait_for("the signal", || last("usr1"));
+    docker.ok(&["restart", "--time", "60", "web"]);
+    wait_for("its second start", || last("started"));
+    let attached = docker.background(&["attach", "--no-stdin", "web"]);
+    // docker tells when somebody has attached.
+    let seen = [
+        "events",
+        "--since",
+        "1h",
+        "--until",
+        "0s",
+        "--filter",
+        "event=attach",
+    ];
+    wait_for("docker attach", || docker.ok(&seen).contains("name=web"));
     docker.ok(&["stop", "--time", "60", "web"]);
+    let attached = attached.join().unwrap();
+    assert_eq!(shown(&attached), ("term", 3), "{attached:?}");
     assert_eq!(docker.inspect("web", ".State.ExitCode"), "3");
-    assert_eq!(docker.ok(&["logs", "--tail", "1", "web"]), "term");
+    assert!(last("term"));
     docker.ok(&["start", "web"]);
     assert_eq!(
         fetch(&format!("127.0.0.1:{PORT}")),

@@ -186,10 +186,20 @@ fn interfaces(sandbox: &Background<'_>) -> String {
     sandbox.sh("cd /sys/class/net && echo $(ls -d */device | cut -d/ -f1)")
 }
 
-/// A macvlan interface has the wire and the address of another: the guest takes both over.
+/// A macvlan interface has the wire of another, and an address of its own on it.
 #[test]
 fn the_guest_takes_the_place_of_a_macvlan() {
-    let test = Test::new("macvlan");
+    takes_the_place_of("macvlan", "bridge");
+}
+
+/// An ipvlan interface has the other's address too: what comes in is told apart by its IP address.
+#[test]
+fn the_guest_takes_the_place_of_an_ipvlan() {
+    takes_the_place_of("ipvlan", "l2");
+}
+
+fn takes_the_place_of(kind: &str, mode: &str) {
+    let test = Test::new(kind);
     let wire = Wire::unconnected(&test);
     let (pod, peer) = (wire.pod.as_str(), wire.peer.as_str());
     let node = format!("{}-node", test.id());
@@ -198,12 +208,10 @@ fn the_guest_takes_the_place_of_a_macvlan() {
     let to_peer = ["type", "veth", "peer", "name", "eth0", "netns", peer];
     ip(&[&["-n", &node, "link", "add", "up0"], &to_peer[..]].concat());
     ip(&["-n", &node, "link", "set", "up0", "up"]);
-    let macvlan = [
-        "link", "up0", "name", "mac0", "type", "macvlan", "mode", "bridge",
-    ];
-    ip(&[&["-n", &node, "link", "add"], &macvlan[..]].concat());
+    let on_it = ["link", "up0", "name", "on0", "type", kind, "mode", mode];
+    ip(&[&["-n", &node, "link", "add"], &on_it[..]].concat());
     ip(&[
-        "-n", &node, "link", "set", "mac0", "netns", pod, "name", "eth0",
+        "-n", &node, "link", "set", "on0", "netns", pod, "name", "eth0",
     ]);
     for (name, four, six) in [
         (pod, "10.9.0.2/24", "fd09::2/64"),

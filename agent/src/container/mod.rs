@@ -49,7 +49,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Component, Path};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use coffer_bpf::Program;
@@ -160,6 +160,8 @@ pub struct Container {
     personality: Option<LinuxPersonality>,
     /// For further processes that name none of their own.
     affinity: Option<ExecCPUAffinity>,
+    /// Read while a further process is being prepared, which in a frozen cgroup would never be done; written by a pause.
+    preparing: RwLock<()>,
     _huge_pages: HugePages,
 }
 
@@ -189,6 +191,7 @@ pub fn create(
                     .process()
                     .as_ref()
                     .and_then(|p| p.exec_cpu_affinity().clone()),
+                preparing: RwLock::default(),
                 _huge_pages: huge_pages,
             };
             Ok((container, born.started))
@@ -392,6 +395,7 @@ impl Container {
     /// Prepares another process in the container.
     pub fn exec(&self, process: &Process, stdio: ChildStdio) -> Result<Started, Error> {
         validate::process(process, "")?;
+        let _no_pause = self.preparing.read();
         if self.cgroup.is_frozen()? {
             return Err(Failure::new("exec", "the container is paused").into());
         }
@@ -443,8 +447,9 @@ impl Container {
             .map_err(at(step))
     }
 
-    /// Freezes all processes; returns when they are frozen.
+    /// Freezes all processes; returns when they are frozen. Waits for those that are being prepared.
     pub fn pause(&self) -> Result<(), Error> {
+        let _no_exec = self.preparing.write();
         Ok(self.cgroup.freeze(true)?)
     }
 

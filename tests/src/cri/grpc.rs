@@ -5,20 +5,87 @@
 //! reflection from `cri.proto`, so a request is the JSON form of protobuf, and a field that the CRI does not have is an error.
 
 use anyhow::{Context, Result, anyhow, ensure};
+use h2::RecvStream;
 use http::HeaderMap;
 use protobuf::Message;
 use protobuf::descriptor::FileDescriptorSet;
-use protobuf::reflect::{FileDescriptor, MethodDescriptor};
+use protobuf::reflect::{FileDescriptor, MessageDescriptor, MethodDescriptor};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-static CRI: LazyLock<FileDescriptor> = LazyLock::new(|| {
-    let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/cri.bin"));
-    let set = FileDescriptorSet::parse_from_bytes(bytes).expect("the build wrote it");
-    let mut files = FileDescriptor::new_dynamic_fds(set.file, &[]).expect("the build checked it");
-    files.pop().expect("there is one file")
-});
+static CRI: LazyLock<Schema> =
+    LazyLock::new(|| Schema::new(include_bytes!(concat!(env!("OUT_DIR"), "/cri.bin"))));
+
+/// A proto file with services.
+#[derive(Debug)]
+pub(super) struct Schema(FileDescriptor);
+
+impl Schema {
+    /// From what the build made of the file.
+    pub(super) fn new(bytes: &[u8]) -> Self {
+        let set = FileDescriptorSet::parse_from_bytes(bytes).expect("the build wrote it");
+        let files = FileDescriptor::new_dynamic_fds(set.file, &[]);
+        Self(
+            files
+                .expect("the build checked it")
+                .pop()
+                .expect("there is one file"),
+        )
+    }
+
+    /// A method of any of its services, and that service's name.
+    pub(super) fn find(&self, method: &str) -> Result<(String, MethodDescriptor)> {
+        for service in self.0.services() {
+            if let Some(found) = service.methods().find(|m| m.proto().name() == method) {
+                return Ok((service.proto().name().to_owned(), found));
+            }
+        }
+        Err(anyhow!("{} has no method {method}", self.0.package()))
+    }
+}
+
+/// A message from its JSON form.
+pub(super) fn encode(kind: &MessageDescriptor, message: &Value) -> Result<Vec<u8>> {
+    let mut encoded = kind.new_instance();
+    protobuf_json_mapping::merge_from_str(&mut *encoded, &message.to_string())
+        .with_context(|| format!("{message} is no {}", kind.name()))?;
+    Ok(encoded.write_to_bytes_dyn()?)
+}
+
+/// A message's JSON form.
+pub(super) fn decode(kind: &MessageDescriptor, bytes: &[u8]) -> Result<Value> {
+    let message = kind.parse_from_bytes(bytes)?;
+    let options = protobuf_json_mapping::PrintOptions {
+        proto_field_name: true,
+        always_output_default_values: true,
+        ..Default::default()
+    };
+    let json = protobuf_json_mapping::print_to_string_with_options(&*message, &options)?;
+    Ok(serde_json::from_str(&json)?)
+}
+
+/// A message as it is in a stream: not compressed, its length.
+pub(super) fn frame(message: &[u8]) -> Result<Vec<u8>> {
+    let length = u32::try_from(message.len())?.to_be_bytes();
+    Ok([&[0], &length[..], message].concat())
+}
+
+/// Reads a stream to its end: its one message, and the trailers. No message is an empty one.
+pub(super) async fn read(mut body: RecvStream) -> Result<(Vec<u8>, HeaderMap)> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        bytes.extend_from_slice(&chunk);
+    }
+    let trailers = body.trailers().await?.unwrap_or_default();
+    if bytes.is_empty() {
+        return Ok((bytes, trailers));
+    }
+    ensure!(bytes.len() >= 5 && bytes[0] == 0, "no gRPC message");
+    Ok((bytes.split_off(5), trailers))
+}
 
 /// The server refused a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,15 +112,12 @@ impl Client {
 
     /// Calls a method of the runtime or image service. Errors of the server are a [`Refused`].
     pub fn call(&self, method: &str, request: &Value) -> Result<Value> {
-        let (service, descriptor) = find(method)?;
-        let mut message = descriptor.input_type().new_instance();
-        protobuf_json_mapping::merge_from_str(&mut *message, &request.to_string())
-            .with_context(|| format!("{request} is no request for {method}"))?;
-        let bytes = message.write_to_bytes_dyn()?;
+        let (service, descriptor) = CRI.find(method)?;
+        let bytes = encode(&descriptor.input_type(), request)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let path = format!("/{}.{service}/{method}", CRI.package());
+        let path = format!("/{}.{service}/{method}", CRI.0.package());
         let answer = runtime.block_on(async {
             let call = unary(&self.socket, &path, &bytes);
             tokio::time::timeout(crate::PATIENCE, call)
@@ -65,24 +129,8 @@ impl Client {
             code,
             message,
         })?;
-        let answer = descriptor.output_type().parse_from_bytes(&answer)?;
-        let options = protobuf_json_mapping::PrintOptions {
-            proto_field_name: true,
-            always_output_default_values: true,
-            ..Default::default()
-        };
-        let json = protobuf_json_mapping::print_to_string_with_options(&*answer, &options)?;
-        Ok(serde_json::from_str(&json)?)
+        decode(&descriptor.output_type(), &answer)
     }
-}
-
-fn find(method: &str) -> Result<(String, MethodDescriptor)> {
-    for service in CRI.services() {
-        if let Some(found) = service.methods().find(|m| m.proto().name() == method) {
-            return Ok((service.proto().name().to_owned(), found));
-        }
-    }
-    Err(anyhow!("the CRI has no method {method}"))
 }
 
 /// The answer's message, or the server's status code and message.
@@ -101,28 +149,16 @@ async fn unary(
         .header("te", "trailers")
         .body(())?;
     let (answer, mut body) = sender.ready().await?.send_request(request, false)?;
-    let mut frame = vec![0];
-    frame.extend(u32::try_from(message.len())?.to_be_bytes());
-    frame.extend_from_slice(message);
-    body.send_data(frame.into(), true)?;
+    body.send_data(frame(message)?.into(), true)?;
 
-    let (head, mut body) = answer.await?.into_parts();
+    let (head, body) = answer.await?.into_parts();
     ensure!(head.status == 200, "HTTP status {}", head.status);
     if let Some(refused) = refusal(&head.headers) {
         return Ok(Err(refused));
     }
-    let mut bytes = Vec::new();
-    while let Some(chunk) = body.data().await {
-        let chunk = chunk?;
-        body.flow_control().release_capacity(chunk.len())?;
-        bytes.extend_from_slice(&chunk);
-    }
-    let trailers = body.trailers().await?.context("no trailers")?;
-    if let Some(refused) = refusal(&trailers) {
-        return Ok(Err(refused));
-    }
-    ensure!(bytes.len() >= 5 && bytes[0] == 0, "no gRPC message");
-    Ok(Ok(bytes.split_off(5)))
+    let (message, trailers) = read(body).await?;
+    ensure!(trailers.contains_key("grpc-status"), "no trailers");
+    Ok(refusal(&trailers).map_or(Ok(message), Err))
 }
 
 fn refusal(headers: &HeaderMap) -> Option<(u32, String)> {
@@ -184,8 +220,8 @@ mod tests {
 
     #[test]
     fn the_proto_has_both_services_and_refuses_unknown_fields() {
-        assert_eq!(find("RunPodSandbox").unwrap().0, "RuntimeService");
-        assert_eq!(find("ListImages").unwrap().0, "ImageService");
+        assert_eq!(CRI.find("RunPodSandbox").unwrap().0, "RuntimeService");
+        assert_eq!(CRI.find("ListImages").unwrap().0, "ImageService");
         let client = Client::new(Path::new("/nowhere"));
         let error = client
             .call("StopPodSandbox", &json!({"pod": "x"}))

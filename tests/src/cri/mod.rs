@@ -3,6 +3,7 @@
 pub mod grpc;
 pub mod node;
 pub mod pod;
+pub mod snapshotter;
 pub mod stream;
 
 pub use node::{Config, Handler, Node};

@@ -6,6 +6,7 @@
 
 use super::grpc::Client;
 use super::pod::Pod;
+use super::snapshotter::Snapshotter;
 use crate::{Test, asset, finish, host, leaks, product, sha256_of, wait_for};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -34,6 +35,8 @@ pub const GATEWAY: &str = "10.77.0.1";
 pub const WIRE: [&str; 2] = ["wire0", "wire1"];
 /// The plugin's section of containerd's configuration, version 2.
 const CRI: &str = r#"plugins."io.containerd.grpc.v1.cri""#;
+/// containerd's name of the test's own snapshotter.
+const SNAPSHOTTER: &str = "odd";
 /// All that the CRI makes is in this namespace of containerd.
 const NAMESPACE: &str = "k8s.io";
 
@@ -53,6 +56,8 @@ pub enum Config<'a> {
     Inline(&'a str),
     /// A directory with CNI configurations.
     Network(&'a Path),
+    /// The test's own snapshotter, from containerd 1.7 on.
+    Snapshotter,
     Default,
 }
 
@@ -62,6 +67,7 @@ pub struct Node<'t> {
     pub test: &'t Test,
     pub cri: Client,
     daemon: Mutex<Option<Child>>,
+    _snapshotter: Snapshotter,
     /// What goes before PATH for containerd and its shims, with a colon at its end.
     programs: &'static str,
     /// Name of the test's parent cgroup.
@@ -89,8 +95,11 @@ impl<'t> Node<'t> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .expect("root may have a network namespace");
         host("ip", &["link", "set", "lo", "up"]).expect("ip is installed");
+        let path = |name: &str| test.dir().join(format!("containerd.{name}"));
+        let snapshotter = Snapshotter::start(&path("snapshotter"), path("snapshots"));
         let node = Self {
             test,
+            _snapshotter: snapshotter.expect("scratch is ours"),
             cri: Client::new(&test.dir().join("containerd.sock")),
             daemon: Mutex::new(None),
             programs,
@@ -172,6 +181,7 @@ impl<'t> Node<'t> {
         let section = format!("{CRI}.containerd.runtimes.{}", handler.name);
         let rest = match handler.config {
             Config::Default => String::new(),
+            Config::Snapshotter => format!("snapshotter = {SNAPSHOTTER:?}\n"),
             Config::Network(dir) => format!("cni_conf_dir = {dir:?}\ncni_max_conf_num = 3\n"),
             Config::Inline(keys) => format!("[{section}.options]\n{keys}\n"),
             Config::File(keys) => {
@@ -189,8 +199,10 @@ impl<'t> Node<'t> {
     fn toml(&self) -> String {
         let (root, state) = (self.path("root"), self.path("state"));
         let (sock, cni) = (self.path("sock"), self.path("cni"));
+        let snapshotter = self.path("snapshotter");
         format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\n[grpc]\naddress = {sock:?}\n\
+             [proxy_plugins.{SNAPSHOTTER}]\ntype = \"snapshot\"\naddress = {snapshotter:?}\n\
              [{CRI}]\nsandbox_image = {PAUSE_IMAGE:?}\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
              restrict_oom_score_adj = true\ndisable_hugetlb_controller = false\n\
              [{CRI}.cni]\nbin_dir = {CNI_PLUGINS:?}\nconf_dir = {cni:?}\n\

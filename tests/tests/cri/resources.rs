@@ -1,6 +1,7 @@
 //! Limits, their change in place, and what happens when they are reached.
 
 use crate::{APP, COFFER};
+use coffer_tests::cri::snapshotter::UNKNOWN_TYPE;
 use coffer_tests::cri::{Config, Container, Handler, Node, Pod, pod};
 use coffer_tests::memory_cgroup::MemoryCgroup;
 use coffer_tests::mounted::Mounted;
@@ -134,7 +135,7 @@ fn host_out_of_memory(pod: &Pod<'_>, app: &Container<'_>) {
 }
 
 /// Handlers with a configuration that is wrong, and the word of it that an error must name.
-const WRONG: [(Handler<'static>, &str); 4] = [
+const WRONG: [(Handler<'static>, &str); 5] = [
     wrong("wrong-type", Config::File("vcpus = \"many\""), "vcpus"),
     wrong("unknown-key", Config::File("vpcus = 2"), "vpcus"),
     wrong(
@@ -143,6 +144,7 @@ const WRONG: [(Handler<'static>, &str); 4] = [
         "/nowhere/initrd",
     ),
     wrong("wrong-option", Config::Inline("vcpus = \"many\""), "vcpus"),
+    wrong("wrong-root", Config::Snapshotter, UNKNOWN_TYPE),
 ];
 
 const fn wrong(
@@ -154,16 +156,16 @@ const fn wrong(
 }
 
 /// The handlers that [`wrong_configurations`] needs.
-pub fn wrong_handlers() -> [Handler<'static>; 4] {
+pub fn wrong_handlers() -> [Handler<'static>; 5] {
     WRONG.map(|(handler, _)| handler)
 }
 
 /// What is wrong with a handler or an annotation is said to the caller of the CRI.
 pub fn wrong_configurations(node: &Node<'_>) {
-    // containerd 1.6 hands over a file only, and none means that all is as by default.
-    let inline = !node.version().starts_with("1.6");
+    // containerd 1.6 hands over a file only, none of which means that all is as by default, and has one snapshotter for all handlers.
+    let old = node.version().starts_with("1.6");
     for (handler, named) in WRONG {
-        if inline || !matches!(handler.config, Config::Inline(_)) {
+        if !old || matches!(handler.config, Config::File(_)) {
             let message = pod::refusal(node.try_pod(handler.name, "wrong", json!({})));
             assert!(message.contains(named), "{}: {message}", handler.name);
         }

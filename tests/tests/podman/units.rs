@@ -21,6 +21,9 @@ fn units_end_with_their_containers_and_leave_nothing() {
         quadlet_is_stopped(podman, &systemd, report);
         quadlet_ends(podman, &systemd, report);
         monitor_is_killed(podman, &systemd, report);
+        if podman.is_coffer() {
+            supervisor_is_stopped(podman, &systemd, report);
+        }
     });
 }
 
@@ -140,6 +143,20 @@ fn monitor_is_killed(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report
     ];
     podman.call(&remove);
     podman.ok(&remove);
+    nothing_is_left(podman, systemd, report);
+}
+
+/// As an administrator or the end of the host does it. podman gets the code that says that the VM ended, not the program.
+fn supervisor_is_stopped(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report) {
+    let global = "--cgroup-manager=systemd";
+    let run = [global, "run", "--detach", "--network=none", "--name=s"];
+    let id = podman.ok(&[&run[..], &[IMAGE, "sleep", "600"]].concat());
+    let unit = format!("coffer-{id}.service");
+    let stopped = systemd.systemctl(&["stop", &unit]);
+    report.row("supervisor stopped: systemctl", stopped.code, 0);
+    let code = podman.ok(&[global, "wait", "s"]);
+    report.row("supervisor stopped: exit code", code, "125");
+    podman.ok(&[global, "rm", "s"]);
     nothing_is_left(podman, systemd, report);
 }
 

@@ -20,7 +20,7 @@ apt-get clean
 rm -rf /var/lib/apt/lists/*";
 
 /// Modules of the node besides what they depend on. Directories, where a few more files save a list.
-pub const MODULES: [&str; 15] = [
+pub const MODULES: [&str; 16] = [
     "kernel/arch/x86/crypto/crc32c-intel.ko",
     "kernel/arch/x86/kvm",
     "kernel/crypto/crc32c_generic.ko",
@@ -29,6 +29,7 @@ pub const MODULES: [&str; 15] = [
     "kernel/drivers/net/tun.ko",
     "kernel/drivers/net/veth.ko",
     "kernel/drivers/net/dummy.ko",
+    "kernel/drivers/net/ipvlan/ipvlan.ko",
     "kernel/drivers/net/macvlan.ko",
     "kernel/drivers/vhost",
     "kernel/drivers/virtio",

@@ -199,6 +199,39 @@ pub fn pause_and_resume(guest: &Guest) -> anyhow::Result<()> {
     Ok(running.container.delete()?)
 }
 
+/// An exec that meets a pause is prepared before it or refused; one that froze half way in would never be ready.
+pub fn execs_meet_pauses(guest: &Guest) -> anyhow::Result<()> {
+    let mut running = Draft::new("meet", "sleep 1000")?.create()?;
+    running.start()?;
+    let (mut done, mut refused) = (0, 0);
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        let container = running.container_handle();
+        let pauses = scope.spawn(move || {
+            (0..20u64).try_for_each(|i| {
+                std::thread::sleep(Duration::from_millis(i * 3));
+                container.pause()?;
+                std::thread::sleep(Duration::from_millis(20));
+                container.resume()
+            })
+        });
+        while !pauses.is_finished() {
+            match running.sh(guest, "exit 5") {
+                Ok(output) => {
+                    same("status", output.status, 5)?;
+                    done += 1;
+                }
+                Err(error) => {
+                    ensure!(error.to_string().contains("paused"), "{error:?}");
+                    refused += 1;
+                }
+            }
+        }
+        Ok(pauses.join().expect("a thread")?)
+    })?;
+    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    running.kill_and_delete(guest)
+}
+
 pub fn hooks_run(guest: &Guest) -> anyhow::Result<()> {
     let hook = |name: &str| {
         let script = format!("cat > /etc/{name}; echo $WORD >> /etc/{name}");

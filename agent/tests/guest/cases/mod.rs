@@ -24,7 +24,7 @@ cases! {
     exec: exec_has_its_own_process_block, twenty_execs_at_once, exec_after_the_end, exec_on_chosen_cpus, exec_terminal,
         streams_are_all_that_is_open;
     lifecycle: exit_codes, programs_that_cannot_run, create_waits_for_start, unwanted_processes_end,
-        delete_is_idempotent, failures_leave_nothing, pause_and_resume, hooks_run, hooks_that_fail, eighty_creates_at_once,
+        delete_is_idempotent, failures_leave_nothing, pause_and_resume, execs_meet_pauses, hooks_run, hooks_that_fail, eighty_creates_at_once,
         kill_at_any_moment, terminal, nothing_is_left;
     isolation: pid_namespace, shared_pid_namespace, pid_namespace_of_a_container, pod_namespaces, own_host_name, cgroup_namespace,
         time_namespace, user_namespace, sysctls_of_the_pod, session_keyring;
