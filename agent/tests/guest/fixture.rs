@@ -260,12 +260,15 @@ impl Running {
 
     /// Runs a further process to its end.
     pub fn exec(&self, guest: &Guest, process: &Value) -> anyhow::Result<Output> {
+        self.prepare(process)?.finish(guest)
+    }
+
+    /// Makes a further process, which does not run its program yet.
+    pub fn prepare(&self, process: &Value) -> anyhow::Result<Prepared> {
         let (stdio, pipes) = Pipes::new();
         let process = container::parse(process.to_string().as_bytes())?;
         let started = self.container.exec(&process, stdio)?;
-        let pid = started.pid;
-        started.release()?;
-        pipes.output(guest.wait(pid)?)
+        Ok(Prepared { started, pipes })
     }
 
     /// As `exec`, of a shell script by root without capabilities.
@@ -277,6 +280,21 @@ impl Running {
         self.container.kill_all()?;
         guest.wait(self.pid)?;
         Ok(self.container.delete()?)
+    }
+}
+
+/// A further process that is ready to run its program.
+pub struct Prepared {
+    started: Started,
+    pipes: Pipes,
+}
+
+impl Prepared {
+    /// Lets it run, to its end.
+    pub fn finish(self, guest: &Guest) -> anyhow::Result<Output> {
+        let pid = self.started.pid;
+        self.started.release()?;
+        self.pipes.output(guest.wait(pid)?)
     }
 }
 

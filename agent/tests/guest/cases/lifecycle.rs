@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::json;
 
 use crate::container::{self, ChildStdio, Error};
-use crate::fixture::{Draft, Guest, eventually, same};
+use crate::fixture::{Draft, Guest, eventually, process, same};
 
 pub fn exit_codes(guest: &Guest) -> anyhow::Result<()> {
     for code in [0, 1, 42, 255] {
@@ -199,36 +199,40 @@ pub fn pause_and_resume(guest: &Guest) -> anyhow::Result<()> {
     Ok(running.container.delete()?)
 }
 
-/// An exec that meets a pause is prepared before it or refused; one that froze half way in would never be ready.
+/// An exec that meets a pause is prepared before it or refused; one that froze half way in would not be ready before the end of the pause.
 pub fn execs_meet_pauses(guest: &Guest) -> anyhow::Result<()> {
+    const PAUSE: Duration = Duration::from_secs(1);
     let mut running = Draft::new("meet", "sleep 1000")?.create()?;
     running.start()?;
-    let (mut done, mut refused) = (0, 0);
+    let mut prepared = 0;
     std::thread::scope(|scope| -> anyhow::Result<()> {
         let container = running.container_handle();
         let pauses = scope.spawn(move || {
-            (0..20u64).try_for_each(|i| {
-                std::thread::sleep(Duration::from_millis(i * 3));
+            (1..8).try_for_each(|i| {
+                std::thread::sleep(Duration::from_millis(i * 7));
                 container.pause()?;
-                std::thread::sleep(Duration::from_millis(20));
+                std::thread::sleep(PAUSE);
                 container.resume()
             })
         });
         while !pauses.is_finished() {
-            match running.sh(guest, "exit 5") {
-                Ok(output) => {
-                    same("status", output.status, 5)?;
-                    done += 1;
+            let since = Instant::now();
+            match running.prepare(&process("exit 5")) {
+                // It ends as soon as it may run.
+                Ok(ready) => {
+                    ensure!(since.elapsed() < PAUSE, "it froze half way in");
+                    same("status", ready.finish(guest)?.status, 5)?;
+                    prepared += 1;
                 }
                 Err(error) => {
                     ensure!(error.to_string().contains("paused"), "{error:?}");
-                    refused += 1;
+                    std::thread::sleep(Duration::from_millis(10));
                 }
             }
         }
         Ok(pauses.join().expect("a thread")?)
     })?;
-    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    ensure!(prepared > 0, "all were refused");
     running.kill_and_delete(guest)
 }
 
