@@ -158,6 +158,13 @@ impl State {
         }
     }
 
+    /// Whether an engine has yet to delete a container: one for whose init a process of the host stands.
+    pub fn is_awaited(&self) -> bool {
+        let of_init = |known: &&StandIn| known.exec.is_none();
+        let mut stand_ins = self.stand_ins.iter().filter(of_init);
+        stand_ins.any(|known| self.containers.contains_key(&known.container))
+    }
+
     /// Why the VM is gone, where a process with this exit status may have ended with it.
     pub fn vm_died_under(&self, status: u32) -> Option<&str> {
         self.stopped().filter(|_| status == VM_DIED)

@@ -1,4 +1,7 @@
 //! The supervisor's life: from an empty directory to an empty directory.
+//!
+//! A signal can end it while an engine still knows containers that `coffer delete` has to take away. Of such a sandbox the state stays until then, as if the
+//! supervisor had died; nothing else does.
 
 use crate::cleanup::{self, CleanupError};
 use crate::containerd::publisher::{FLUSH_DEADLINE, Publisher};
@@ -52,6 +55,15 @@ pub enum SuperviseError {
     Cleanup(#[from] CleanupError),
 }
 
+/// What ended a supervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Its callers have deleted all they had made, or made nothing.
+    InOrder,
+    /// Somebody ends the service, or the host goes down.
+    Signal,
+}
+
 /// Serves one sandbox until it is deleted, and leaves nothing of it.
 ///
 /// When callers can connect, the socket's address (`unix://…` and a newline) is written to `ready`, which is then closed. `publisher`
@@ -65,6 +77,11 @@ pub async fn supervise(
     oom_score::spare_this_process();
     let state = claim(&options)?;
     let served = serve(options, state, ready, publisher).await;
+    let awaited =
+        || State::load(&root, &id).is_ok_and(|left| left.is_some_and(|state| state.is_awaited()));
+    if matches!(served, Ok(End::Signal)) && awaited() {
+        return Ok(());
+    }
     let cleaned = tokio::task::spawn_blocking(move || cleanup::cleanup(&root, &id)).await;
     served?;
     Ok(cleaned.unwrap_or(Ok(()))?)
@@ -109,7 +126,7 @@ async fn serve(
     state: StateFile,
     ready: Option<impl Write>,
     publisher: Option<Publisher>,
-) -> Result<(), SuperviseError> {
+) -> Result<End, SuperviseError> {
     let path = task_socket(&options.root, &options.id);
     let options_dir = options.dir();
     let listener = UnixListener::bind(&path).map_err(|source| SuperviseError::Socket {
@@ -148,18 +165,22 @@ async fn serve(
     }
 
     let mut idle_check = interval(IDLE_CHECK);
-    loop {
+    let ended = loop {
         tokio::select! {
-            () = end.notified() => break,
-            _ = terminate.recv() => break sandbox.stop("the supervisor was told to end").await,
-            _ = interrupt.recv() => break sandbox.stop("the supervisor was told to end").await,
+            () = end.notified() => break End::InOrder,
+            _ = terminate.recv() => break End::Signal,
+            _ = interrupt.recv() => break End::Signal,
             _ = idle_check.tick() => {
                 if sandbox.idle().await.is_some_and(|idle| idle > IDLE_LIMIT) {
                     tracing::info!("no container for {IDLE_LIMIT:?}");
-                    break sandbox.stop("it had no container").await;
+                    sandbox.stop("it had no container").await;
+                    break End::InOrder;
                 }
             }
         }
+    };
+    if ended == End::Signal {
+        sandbox.stop("the supervisor was told to end").await;
     }
     if let Err(error) = server.shutdown().await {
         tracing::debug!(%error, "the Task API did not close in order");
@@ -167,5 +188,5 @@ async fn serve(
     leases.abort();
     drop((server, sandbox));
     let _ = timeout(EVENTS_LEFT, publishing).await;
-    Ok(())
+    Ok(ended)
 }

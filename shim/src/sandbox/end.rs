@@ -146,7 +146,12 @@ impl Sandbox {
 
     async fn process_ended(&self, key: ProcessKey, exit: Exit) {
         let target = key.clone();
+        let killed = exit.status == process::VM_DIED;
         let found = self.apply(move |pod| {
+            if killed {
+                // What is killed by the VM's end is told of with that, and its reason.
+                pod.alive()?;
+            }
             let drained = pod
                 .process(&target)?
                 .io
@@ -165,7 +170,7 @@ impl Sandbox {
             let bundle = pod.container(&target.container)?.bundle.clone();
             Ok((drained, execs, bundle))
         });
-        // Deleted already: nobody is interested any more.
+        // Deleted already, and nobody is interested any more; or told of later.
         let Ok((drained, execs, bundle)) = found.await else {
             return;
         };

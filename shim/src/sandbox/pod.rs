@@ -146,7 +146,7 @@ impl Pod {
         }
     }
 
-    fn alive(&self) -> Result<(), Error> {
+    pub(super) fn alive(&self) -> Result<(), Error> {
         self.state
             .end_reason()
             .map_or(Ok(()), |reason| Err(Error::Stopped(reason.to_owned())))

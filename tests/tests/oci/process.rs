@@ -5,7 +5,8 @@ use coffer_tests::bundle::Bundle;
 use coffer_tests::oci::{ConsoleSocket, MARKED, Runtime, process, reap};
 use coffer_tests::{Test, wait_for};
 use nix::sys::signal::{Signal, kill};
-use serde_json::json;
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -136,6 +137,30 @@ fn the_death_of_the_stand_in_is_the_death_of_the_process() {
         assert_eq!(container.wait(), 137);
         wait_for("the container to stop", || container.status() == "stopped");
         runtime.refuses(&["kill", &container.id, "TERM"], "container not running");
+    }
+}
+
+/// As `systemctl stop` of its service does it, or the end of the host.
+#[test]
+fn what_a_supervisor_has_that_is_told_to_end_is_stopped_and_can_be_deleted() {
+    let test = Test::new("told");
+    let mut bundle = Bundle::new(&test, PATIENT);
+    bundle.config["linux"]["cgroupsPath"] = json!(format!("/{}", test.id()));
+    for runtime in Runtime::all(&test).iter().filter(|known| known.is_coffer()) {
+        let container = runtime.create(bundle.write(), &[]);
+        container.start();
+        container.wait_output("ready");
+        let state = fs::read(test.root().join(&container.id).join("state.json")).unwrap();
+        let state: Value = serde_json::from_slice(&state).unwrap();
+        let supervisor = state["supervisor"]["pid"].as_i64().unwrap();
+        let supervisor = Pid::from_raw(i32::try_from(supervisor).unwrap());
+        kill(supervisor, Signal::SIGTERM).unwrap();
+        assert_eq!(container.wait(), 125, "the VM ended, not the program");
+        assert_eq!(reap(supervisor), 0);
+        assert_eq!(container.status(), "stopped");
+        runtime.refuses(&["kill", &container.id, "TERM"], "container not running");
+        runtime.ok(&["delete", &container.id]);
+        runtime.refuses(&["state", &container.id], "does not exist");
     }
 }
 
