@@ -1,5 +1,6 @@
 //! containerd drives Coffer as `io.containerd.coffer.v2`: the Task API through `ctr`, with a containerd of each test's own.
 
+use coffer_tests::cri::node::NEXT;
 use coffer_tests::{Test, asset, finish, host, leaks, product, wait_for};
 use std::fs;
 use std::path::PathBuf;
@@ -14,14 +15,21 @@ struct Containerd<'t> {
     test: &'t Test,
     daemon: Option<Child>,
     namespace: String,
+    /// What goes before PATH for containerd and ctr, with a colon at its end.
+    programs: &'static str,
 }
 
 impl<'t> Containerd<'t> {
     fn start(test: &'t Test) -> Self {
+        Self::start_from("", test)
+    }
+
+    fn start_from(programs: &'static str, test: &'t Test) -> Self {
         let mut containerd = Self {
             test,
             daemon: None,
             namespace: test.id(),
+            programs,
         };
         let config = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
@@ -58,22 +66,14 @@ impl<'t> Containerd<'t> {
     }
 
     fn launch(&mut self) {
-        let path = format!(
-            "{}:{}",
-            product("").display(),
-            std::env::var("PATH").unwrap_or_default()
-        );
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(self.path("log"))
             .unwrap();
-        let mut command = Command::new("containerd");
-        command
-            .arg("-c")
-            .arg(self.path("toml"))
-            .env("PATH", path)
-            .stdin(Stdio::null());
+        let mut command = self.program("containerd");
+        command.arg("-c").arg(self.path("toml"));
+        command.stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);
         self.daemon = Some(
             command
@@ -87,6 +87,16 @@ impl<'t> Containerd<'t> {
         });
     }
 
+    /// A program of containerd's, with the product's shim in its PATH.
+    fn program(&self, name: &str) -> Command {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}{}:{path}", self.programs, product("").display());
+        // env(1) looks it up in the PATH that it sets, and becomes it.
+        let mut command = Command::new("env");
+        command.arg(format!("PATH={path}")).arg(name);
+        command
+    }
+
     /// SIGKILL, as the OOM killer would.
     fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("containerd runs");
@@ -95,7 +105,7 @@ impl<'t> Containerd<'t> {
     }
 
     fn ctr(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = self.program("ctr");
         command
             .arg("-a")
             .arg(self.path("sock"))
@@ -210,7 +220,11 @@ fn ctr_runs_a_container_and_gets_its_code() {
 #[test]
 fn ctr_tasks_are_executed_in_listed_measured_paused_and_killed() {
     let test = Test::new("tasks");
-    let containerd = Containerd::start(&test);
+    live(&Containerd::start(&test));
+}
+
+/// The life of a task, by ctr.
+fn live(containerd: &Containerd<'_>) {
     let log = fs::File::create(containerd.path("events")).unwrap();
     let mut events = containerd.ctr(&["events"]).stdout(log).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(500));
@@ -276,7 +290,30 @@ fn ctr_tasks_are_executed_in_listed_measured_paused_and_killed() {
 #[test]
 fn a_restart_of_containerd_loses_no_task() {
     let test = Test::new("restart");
-    let mut containerd = Containerd::start(&test);
+    restart(Containerd::start(&test));
+}
+
+/// containerd 2, which only the test node has.
+mod next {
+    use super::*;
+
+    #[test]
+    fn ctr_tasks_are_executed_in_listed_measured_paused_and_killed() {
+        let test = Test::new("nexttasks");
+        let containerd = Containerd::start_from(NEXT, &test);
+        let version = containerd.ok(&["version"]);
+        assert!(version.contains("Version:  2"), "{version}");
+        live(&containerd);
+    }
+
+    #[test]
+    fn a_restart_of_containerd_loses_no_task() {
+        let test = Test::new("nextrestart");
+        restart(Containerd::start_from(NEXT, &test));
+    }
+}
+
+fn restart(mut containerd: Containerd<'_>) {
     containerd.run_detached(&[], "stays", &["sleep", "600"]);
     containerd.run_detached(&[], "ends", &["sh", "-c", "sleep 3; exit 9"]);
     containerd.kill();

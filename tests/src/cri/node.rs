@@ -24,7 +24,7 @@ const PAUSE: &str = "trap exit TERM INT; while :; do sleep 3600 & wait; done";
 /// The handler whose pods are sandboxes of the Sandbox API, with no pause container.
 pub const WITHOUT_PAUSE: &str = "coffer-without-pause";
 /// Part of PATH with the containerd of Debian's development branch, which only the test node has.
-const NEXT: &str = "/opt/containerd-next/usr/bin:";
+pub const NEXT: &str = "/opt/containerd-next/usr/bin:";
 /// The handler of Coffer's whose pods have several interfaces.
 pub const WIRED: &str = "coffer-wired";
 /// Where Debian's package puts the CNI plugins.
