@@ -14,6 +14,7 @@
 
 pub mod bundle;
 pub mod conmon;
+pub mod containerd;
 pub mod cri;
 pub mod docker;
 pub mod evidence;

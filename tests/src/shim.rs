@@ -276,12 +276,16 @@ impl<'t> Shim<'t> {
 
     /// The process that serves.
     pub fn pid(&self) -> u32 {
-        let state = self.test.root().join(&self.namespace).join(&self.id);
-        let text = fs::read(state.join("state.json")).expect("the sandbox has a state");
-        let state: serde_json::Value = serde_json::from_slice(&text).expect("it is JSON");
-        let pid = state["supervisor"]["pid"].as_u64().expect("a pid");
-        u32::try_from(pid).expect("a pid")
+        supervisor_of(&self.test.root().join(&self.namespace).join(&self.id))
     }
+}
+
+/// The supervisor's process, from the directory of its sandbox.
+pub fn supervisor_of(sandbox: &Path) -> u32 {
+    let text = fs::read(sandbox.join("state.json")).expect("the sandbox has a state");
+    let state: serde_json::Value = serde_json::from_slice(&text).expect("it is JSON");
+    let pid = state["supervisor"]["pid"].as_u64().expect("a pid");
+    u32::try_from(pid).expect("a pid")
 }
 
 impl Drop for Shim<'_> {

@@ -1,7 +1,7 @@
 //! containerd drives Coffer as `io.containerd.coffer.v2`: the Task API through `ctr`, with a containerd of each test's own.
 
-use coffer_tests::cri::node::NEXT;
-use coffer_tests::{Test, asset, finish, host, leaks, product, wait_for};
+use coffer_tests::containerd::{NEXT, program};
+use coffer_tests::{Test, asset, finish, host, leaks, wait_for};
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -71,7 +71,7 @@ impl<'t> Containerd<'t> {
             .append(true)
             .open(self.path("log"))
             .unwrap();
-        let mut command = self.program("containerd");
+        let mut command = program(self.programs, "containerd");
         command.arg("-c").arg(self.path("toml"));
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);
@@ -87,16 +87,6 @@ impl<'t> Containerd<'t> {
         });
     }
 
-    /// A program of containerd's, with the product's shim in its PATH.
-    fn program(&self, name: &str) -> Command {
-        let path = std::env::var("PATH").unwrap_or_default();
-        let path = format!("{}{}:{path}", self.programs, product("").display());
-        // env(1) looks it up in the PATH that it sets, and becomes it.
-        let mut command = Command::new("env");
-        command.arg(format!("PATH={path}")).arg(name);
-        command
-    }
-
     /// SIGKILL, as the OOM killer would.
     fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("containerd runs");
@@ -105,7 +95,7 @@ impl<'t> Containerd<'t> {
     }
 
     fn ctr(&self, args: &[&str]) -> Command {
-        let mut command = self.program("ctr");
+        let mut command = program(self.programs, "ctr");
         command
             .arg("-a")
             .arg(self.path("sock"))

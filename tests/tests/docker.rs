@@ -211,7 +211,7 @@ fn end(docker: &Docker<'_>) {
     let attached = attached.join().unwrap();
     assert_eq!(shown(&attached), ("term", 3), "{attached:?}");
     assert_eq!(docker.inspect("web", ".State.ExitCode"), "3");
-    assert!(last("term"));
+    assert_eq!(docker.ok(&["logs", "--tail", "1", "web"]), "term");
     docker.ok(&["start", "web"]);
     assert_eq!(
         fetch(&format!("127.0.0.1:{PORT}")),

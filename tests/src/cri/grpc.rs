@@ -71,20 +71,21 @@ pub(super) fn frame(message: &[u8]) -> Result<Vec<u8>> {
     Ok([&[0], &length[..], message].concat())
 }
 
-/// Reads a stream to its end: its one message, and the trailers. No message is an empty one.
-pub(super) async fn read(mut body: RecvStream) -> Result<(Vec<u8>, HeaderMap)> {
+/// The one message of a stream.
+pub(super) fn unframe(mut stream: Vec<u8>) -> Result<Vec<u8>> {
+    ensure!(stream.len() >= 5 && stream[0] == 0, "no gRPC message");
+    Ok(stream.split_off(5))
+}
+
+/// Reads a stream to its end.
+pub(super) async fn read(body: &mut RecvStream) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     while let Some(chunk) = body.data().await {
         let chunk = chunk?;
         body.flow_control().release_capacity(chunk.len())?;
         bytes.extend_from_slice(&chunk);
     }
-    let trailers = body.trailers().await?.unwrap_or_default();
-    if bytes.is_empty() {
-        return Ok((bytes, trailers));
-    }
-    ensure!(bytes.len() >= 5 && bytes[0] == 0, "no gRPC message");
-    Ok((bytes.split_off(5), trailers))
+    Ok(bytes)
 }
 
 /// The server refused a call.
@@ -151,14 +152,17 @@ async fn unary(
     let (answer, mut body) = sender.ready().await?.send_request(request, false)?;
     body.send_data(frame(message)?.into(), true)?;
 
-    let (head, body) = answer.await?.into_parts();
+    let (head, mut body) = answer.await?.into_parts();
     ensure!(head.status == 200, "HTTP status {}", head.status);
     if let Some(refused) = refusal(&head.headers) {
         return Ok(Err(refused));
     }
-    let (message, trailers) = read(body).await?;
-    ensure!(trailers.contains_key("grpc-status"), "no trailers");
-    Ok(refusal(&trailers).map_or(Ok(message), Err))
+    let stream = read(&mut body).await?;
+    let trailers = body.trailers().await?.context("no trailers")?;
+    if let Some(refused) = refusal(&trailers) {
+        return Ok(Err(refused));
+    }
+    unframe(stream).map(Ok)
 }
 
 fn refusal(headers: &HeaderMap) -> Option<(u32, String)> {

@@ -7,12 +7,13 @@
 use super::grpc::Client;
 use super::pod::Pod;
 use super::snapshotter::Snapshotter;
-use crate::{Test, asset, finish, host, leaks, product, sha256_of, wait_for};
+use crate::containerd::{self, NEXT};
+use crate::{Test, asset, finish, host, leaks, sha256_of, wait_for};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
@@ -23,8 +24,6 @@ const PAUSE_IMAGE: &str = "docker.io/library/pause:test";
 const PAUSE: &str = "trap exit TERM INT; while :; do sleep 3600 & wait; done";
 /// The handler whose pods are sandboxes of the Sandbox API, with no pause container.
 pub const WITHOUT_PAUSE: &str = "coffer-without-pause";
-/// Part of PATH with the containerd of Debian's development branch, which only the test node has.
-pub const NEXT: &str = "/opt/containerd-next/usr/bin:";
 /// The handler of Coffer's whose pods have several interfaces.
 pub const WIRED: &str = "coffer-wired";
 /// Where Debian's package puts the CNI plugins.
@@ -100,7 +99,7 @@ impl<'t> Node<'t> {
         let node = Self {
             test,
             _snapshotter: snapshotter.expect("scratch is ours"),
-            cri: Client::new(&test.dir().join("containerd.sock")),
+            cri: Client::new(&path("sock")),
             daemon: Mutex::new(None),
             programs,
             cgroup: test.id(),
@@ -218,7 +217,7 @@ impl<'t> Node<'t> {
             .append(true)
             .open(self.path("log"))
             .expect("scratch is ours");
-        let mut command = self.program("containerd");
+        let mut command = containerd::program(self.programs, "containerd");
         command.arg("-c").arg(self.path("toml"));
         command
             .stdin(Stdio::null())
@@ -233,17 +232,6 @@ impl<'t> Node<'t> {
                 conditions.is_some_and(|all| all.iter().all(|c| c["status"] == true))
             })
         });
-    }
-
-    /// A program of containerd's, with the product's shim in its PATH.
-    fn program(&self, name: &str) -> Command {
-        let product = product("");
-        let path = std::env::var("PATH").unwrap_or_default();
-        let path = format!("{}{}:{path}", self.programs, product.display());
-        // env(1) looks it up in the PATH that it sets.
-        let mut command = Command::new("env");
-        command.arg(format!("PATH={path}")).arg(name);
-        command
     }
 
     /// SIGKILL, as the OOM killer would.
@@ -263,7 +251,7 @@ impl<'t> Node<'t> {
         let (from, to) = (layout.to_str().context("UTF-8")?, archive.to_str());
         let to = to.context("UTF-8")?;
         host("tar", &["-C", from, "-cf", to, "."])?;
-        let mut ctr = self.program("ctr");
+        let mut ctr = containerd::program(self.programs, "ctr");
         ctr.arg("-a").arg(self.path("sock"));
         ctr.args(["-n", NAMESPACE, "images", "import", to]);
         let done = finish(ctr);

@@ -94,8 +94,8 @@ async fn serve_call(
     mut respond: SendResponse<Bytes>,
     snapshots: Shared,
 ) -> Result<()> {
-    let (head, body) = request.into_parts();
-    let message = grpc::read(body).await?.0;
+    let (head, mut body) = request.into_parts();
+    let message = grpc::unframe(grpc::read(&mut body).await?)?;
     let method = head.uri.path().rsplit('/').next().unwrap_or_default();
     let answer = {
         let mut snapshots = snapshots.lock().expect("no panic under the lock");

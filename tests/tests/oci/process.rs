@@ -3,10 +3,11 @@
 use super::PATIENT;
 use coffer_tests::bundle::Bundle;
 use coffer_tests::oci::{ConsoleSocket, MARKED, Runtime, process, reap};
+use coffer_tests::shim::supervisor_of;
 use coffer_tests::{Test, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -150,10 +151,8 @@ fn what_a_supervisor_has_that_is_told_to_end_is_stopped_and_can_be_deleted() {
         let container = runtime.create(bundle.write(), &[]);
         container.start();
         container.wait_output("ready");
-        let state = fs::read(test.root().join(&container.id).join("state.json")).unwrap();
-        let state: Value = serde_json::from_slice(&state).unwrap();
-        let supervisor = state["supervisor"]["pid"].as_i64().unwrap();
-        let supervisor = Pid::from_raw(i32::try_from(supervisor).unwrap());
+        let supervisor = supervisor_of(&test.root().join(&container.id));
+        let supervisor = Pid::from_raw(supervisor.cast_signed());
         kill(supervisor, Signal::SIGTERM).unwrap();
         assert_eq!(container.wait(), 125, "the VM ended, not the program");
         assert_eq!(reap(supervisor), 0);

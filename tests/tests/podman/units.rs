@@ -9,6 +9,8 @@ use std::fs;
 /// Where quadlets are, and the service that becomes of the test's.
 const QUADLETS: &str = "/etc/containers/systemd";
 const SERVICE: &str = "web.service";
+/// podman asks systemd for the cgroups.
+const MANAGER: &str = "--cgroup-manager=systemd";
 /// The units of Coffer's supervisors.
 const SUPERVISORS: &str = "coffer-*.service";
 
@@ -29,7 +31,7 @@ fn units_end_with_their_containers_and_leave_nothing() {
 
 /// Writes a quadlet whose container runs a script, and starts its service.
 fn start(podman: &Podman<'_>, systemd: &Systemd, script: &str) -> i32 {
-    let global = podman.storage().join(" ") + " --cgroup-manager=systemd";
+    let global = podman.storage().join(" ") + " " + MANAGER;
     let config = podman.config_file();
     let quadlet = format!(
         "[Container]\nImage={IMAGE}\nContainerName=web\nNetwork=none\nPull=never\nGlobalArgs={global}\nExec=sh -c \"{script}\"\n\
@@ -106,16 +108,15 @@ fn quadlet_ends(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report) {
     nothing_is_left(podman, systemd, report);
 }
 
+/// A container that sleeps, in the units that podman makes for it; gives its id.
+fn run_detached(podman: &Podman<'_>, name: &str) -> String {
+    let run = [MANAGER, "run", "--detach", "--network=none", name];
+    podman.ok(&[&run[..], &[IMAGE, "sleep", "600"]].concat())
+}
+
 /// conmon's own unit is killed: the container is nobody's then, and goes with `podman rm`.
 fn monitor_is_killed(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report) {
-    let run = [
-        "--cgroup-manager=systemd",
-        "run",
-        "--detach",
-        "--network=none",
-        "--name=m",
-    ];
-    let id = podman.ok(&[&run[..], &[IMAGE, "sleep", "600"]].concat());
+    let id = run_detached(podman, "--name=m");
     let monitor = format!("libpod-conmon-{id}.scope");
     report.row(
         "monitor: unit",
@@ -133,14 +134,7 @@ fn monitor_is_killed(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report
         );
     }
     // The first only finds that nobody can tell the exit code.
-    let remove = [
-        "--cgroup-manager=systemd",
-        "rm",
-        "--force",
-        "--ignore",
-        "--time=0",
-        "m",
-    ];
+    let remove = [MANAGER, "rm", "--force", "--ignore", "--time=0", "m"];
     podman.call(&remove);
     podman.ok(&remove);
     nothing_is_left(podman, systemd, report);
@@ -148,15 +142,13 @@ fn monitor_is_killed(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report
 
 /// As an administrator or the end of the host does it. podman gets the code that says that the VM ended, not the program.
 fn supervisor_is_stopped(podman: &Podman<'_>, systemd: &Systemd, report: &mut Report) {
-    let global = "--cgroup-manager=systemd";
-    let run = [global, "run", "--detach", "--network=none", "--name=s"];
-    let id = podman.ok(&[&run[..], &[IMAGE, "sleep", "600"]].concat());
+    let id = run_detached(podman, "--name=s");
     let unit = format!("coffer-{id}.service");
     let stopped = systemd.systemctl(&["stop", &unit]);
     report.row("supervisor stopped: systemctl", stopped.code, 0);
-    let code = podman.ok(&[global, "wait", "s"]);
+    let code = podman.ok(&[MANAGER, "wait", "s"]);
     report.row("supervisor stopped: exit code", code, "125");
-    podman.ok(&[global, "rm", "s"]);
+    podman.ok(&[MANAGER, "rm", "s"]);
     nothing_is_left(podman, systemd, report);
 }
 
